@@ -1,0 +1,23 @@
+# `make check` is what a change must pass.
+PYTHON ?= python
+
+.PHONY: check format lint types test docs
+
+check: lint types test docs
+
+format:
+	$(PYTHON) -m ruff format .
+	$(PYTHON) -m ruff check --fix .
+
+lint:
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m ruff check .
+
+types:
+	$(PYTHON) -m mypy
+
+test:
+	$(PYTHON) -m pytest
+
+docs:
+	$(PYTHON) -m kdx.reference --check docs/reference.md

@@ -1,0 +1,168 @@
+"""Augmentations of images that run on the device for a whole batch, and draw from `Randomness` alone.
+
+Each is called with float images `[B, C, H, W]` in `0..1` and gives the same shape. What happens to an image depends
+on the seed, the view and the image's index only. None of them waits for the device.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdx.errors import ConfigError, did_you_mean
+from kdx.randomness import Randomness
+from kdx.spec import read_options
+
+
+class Augmentation(ABC):
+    """One step of `data.augment`; its options are the fields of the dataclass."""
+
+    @abstractmethod
+    def __call__(self, images: Tensor, randomness: Randomness) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Flip(Augmentation):
+    """Mirrors left and right with this probability."""
+
+    probability: float = 0.5
+
+    def __post_init__(self) -> None:
+        _within("probability", self.probability, 0, 1)
+
+    def __call__(self, images: Tensor, randomness: Randomness) -> Tensor:
+        return torch.where(_chance("flip", self.probability, randomness), images.flip(-1), images)
+
+
+@dataclass(frozen=True)
+class Shift(Augmentation):
+    """Moves by up to `pixels` whole pixels along each axis; what comes in from outside is 0."""
+
+    pixels: int = 2
+
+    def __post_init__(self) -> None:
+        _within("pixels", self.pixels, 1, 1024)
+
+    def __call__(self, images: Tensor, randomness: Randomness) -> Tensor:
+        B, C, H, W = images.shape
+        offsets = randomness.integers("shift", 0, 2 * self.pixels + 1, 2)
+        padded = F.pad(images, (self.pixels,) * 4)
+        rows = offsets[:, 0, None] + torch.arange(H, device=images.device)
+        columns = offsets[:, 1, None] + torch.arange(W, device=images.device)
+        samples = torch.arange(B, device=images.device)[:, None, None, None]
+        channels = torch.arange(C, device=images.device)[None, :, None, None]
+        return padded[samples, channels, rows[:, None, :, None], columns[:, None, None, :]]
+
+
+@dataclass(frozen=True)
+class Crop(Augmentation):
+    """Cuts out a part of `least_area` to all of the area and scales it back to the full size.
+
+    The part's width divided by its height, relative to the image's, is between `1 / stretch` and `stretch`.
+    """
+
+    least_area: float = 0.5
+    stretch: float = 4 / 3
+
+    def __post_init__(self) -> None:
+        _within("least_area", self.least_area, 0.01, 1)
+        _within("stretch", self.stretch, 1, 4)
+
+    def __call__(self, images: Tensor, randomness: Randomness) -> Tensor:
+        draw = randomness.uniform("crop", 4)
+        area = self.least_area + draw[:, 0] * (1 - self.least_area)
+        ratio = torch.exp((2 * draw[:, 1] - 1) * math.log(self.stretch))
+        width = (area * ratio).sqrt().clamp(max=1)
+        height = (area / ratio).sqrt().clamp(max=1)
+        nothing = torch.zeros_like(width)
+        # On grid_sample's scale an image reaches from -1 to 1, so the centre of a part moves by up to 1 - its extent.
+        across = torch.stack([width, nothing, (2 * draw[:, 2] - 1) * (1 - width)], 1)
+        down = torch.stack([nothing, height, (2 * draw[:, 3] - 1) * (1 - height)], 1)
+        grid = F.affine_grid(torch.stack([across, down], 1).to(images), list(images.shape), align_corners=False)
+        return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+@dataclass(frozen=True)
+class Erase(Augmentation):
+    """Covers a rectangle with the image's own mean colour, with this probability.
+
+    Each side of the rectangle is up to `side` of the image's.
+    """
+
+    probability: float = 0.5
+    side: float = 0.5
+
+    def __post_init__(self) -> None:
+        _within("probability", self.probability, 0, 1)
+        _within("side", self.side, 0.01, 1)
+
+    def __call__(self, images: Tensor, randomness: Randomness) -> Tensor:
+        H, W = images.shape[-2:]
+        draw = randomness.uniform("erase rectangle", 4)
+        rows = _inside(draw[:, 0] * self.side, draw[:, 1], H)[:, None, :, None]
+        columns = _inside(draw[:, 2] * self.side, draw[:, 3], W)[:, None, None, :]
+        covered = rows & columns & _chance("erase", self.probability, randomness)
+        return torch.where(covered, images.mean((-2, -1), keepdim=True), images)
+
+
+@dataclass(frozen=True)
+class BrightnessContrast(Augmentation):
+    """Scales the distance from the image's mean by up to `contrast` more or less, then all by up to `brightness`."""
+
+    brightness: float = 0.2
+    contrast: float = 0.2
+
+    def __post_init__(self) -> None:
+        _within("brightness", self.brightness, 0, 1)
+        _within("contrast", self.contrast, 0, 1)
+
+    def __call__(self, images: Tensor, randomness: Randomness) -> Tensor:
+        draw = 2 * randomness.uniform("brightness_contrast", 2, 1, 1, 1) - 1
+        mean = images.mean((-3, -2, -1), keepdim=True)
+        images = mean + (images - mean) * (1 + self.contrast * draw[:, 0])
+        return (images * (1 + self.brightness * draw[:, 1])).clamp(0, 1)
+
+
+AUGMENTATIONS: dict[str, type[Augmentation]] = {
+    "flip": Flip,
+    "shift": Shift,
+    "crop": Crop,
+    "erase": Erase,
+    "brightness_contrast": BrightnessContrast,
+}
+
+
+def read_augment(options: Mapping[str, Any]) -> tuple[Augmentation, ...]:
+    """The augmentations that `data.augment` names, in its order."""
+    steps = []
+    for name, fields in options.items():
+        if name not in AUGMENTATIONS:
+            raise ConfigError(f"data.augment.{name}: unknown augmentation; {did_you_mean(str(name), AUGMENTATIONS)}")
+        if fields is not None and not isinstance(fields, Mapping):
+            raise ConfigError(f"data.augment.{name}: found {fields!r}, expected a mapping of options, as in {{}}")
+        steps.append(read_options(AUGMENTATIONS[name], fields or {}, f"data.augment.{name}"))
+    return tuple(steps)
+
+
+def _within(name: str, found: float, least: float, most: float) -> None:
+    if not least <= found <= most:
+        raise ValueError(f"{name}: found {found:g}, expected {least:g} to {most:g}")
+
+
+def _chance(name: str, probability: float, randomness: Randomness) -> Tensor:
+    """Which images are meant, bool `[B, 1, 1, 1]`."""
+    return randomness.uniform(name, 1, 1, 1) < probability
+
+
+def _inside(extent: Tensor, place: Tensor, size: int) -> Tensor:
+    """Which of `size` pixels lie in a stretch of this share of the whole, somewhere within it; bool `[B, size]`."""
+    first = place * (1 - extent) * size
+    centres = torch.arange(size, device=extent.device) + 0.5
+    return (centres >= first[:, None]) & (centres < (first + extent * size)[:, None])

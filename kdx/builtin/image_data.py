@@ -1,0 +1,147 @@
+"""What all image data sets share: uint8 images become floats in `0..1` on the device, and training ones vary there."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdx.builtin.augment import Augmentation, read_augment
+from kdx.components import Dataset, Split
+from kdx.data import TensorSplit
+from kdx.randomness import Randomness
+from kdx.types import Batch, DataFacts, StreamFacts
+
+STATISTICS_FROM = 512
+"""How many images the statistics of a data set are computed from where its images lie in files."""
+
+
+class ImageDataset(Dataset):
+    """A data set with an option `augment`: a mapping from the name of an augmentation to its options, kept in order."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self._augment: tuple[Augmentation, ...] = read_augment(config.augment)
+
+    @property
+    @abstractmethod
+    def splits(self) -> Mapping[str, Split]:
+        """`train`, with `val` and `test` where the data set has them. Asked for often, so made once."""
+
+    @abstractmethod
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes, in the order of their labels."""
+
+    def train(self) -> Split:
+        return self.splits["train"]
+
+    def val(self) -> Split | None:
+        return self.splits.get("val")
+
+    def test(self) -> Split | None:
+        return self.splits.get("test")
+
+    def facts(self) -> DataFacts:
+        return self._facts
+
+    @cached_property
+    def _facts(self) -> DataFacts:
+        source = self.train()
+        return DataFacts(streams=stream_facts(source), classes=self.classes(), size=len(source))
+
+    def on_device(self, batch: Batch, randomness: Randomness | None) -> Batch:
+        return {name: self._ready(batch[name], name, randomness) for name in batch}
+
+    def _ready(self, tensor: Tensor, name: str, randomness: Randomness | None) -> Tensor:
+        if name not in self._facts.streams or self._facts.streams[name].kind != "image":
+            return tensor
+        images = to_unit(tensor)
+        if randomness is not None:
+            for augmentation in self._augment:
+                images = augmentation(images, randomness)
+        return images
+
+
+def to_unit(images: Tensor) -> Tensor:
+    """uint8 images as floats in `0..1`; float ones as they are."""
+    return images.float() / 255 if images.dtype == torch.uint8 else images
+
+
+def stream_facts(split: Split) -> dict[str, StreamFacts]:
+    """Kind, shape and statistics of each stream, from all samples in memory or else from `STATISTICS_FROM` of them.
+
+    An image stream is `[C, H, W]` for one sample, an integer stream `label` is a label, all else is a vector.
+    """
+    if isinstance(split, TensorSplit):
+        tensors = split.tensors
+    else:
+        count = min(len(split), STATISTICS_FROM)
+        tensors = split.fetch([i * len(split) // count for i in range(count)])
+    return {name: _facts(name, tensor) for name, tensor in tensors.items()}
+
+
+def _facts(name: str, tensor: Tensor) -> StreamFacts:
+    shape = tuple(tensor.shape[1:])
+    if name == "label":
+        return StreamFacts("label", shape)
+    if not shape:
+        return StreamFacts("vector", shape)
+    mean, std = _statistics(tensor)
+    return StreamFacts("image" if len(shape) == 3 else "vector", shape, mean, std)
+
+
+def _statistics(tensor: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel (axis 1), on the scale of `to_unit`."""
+    total = torch.zeros(tensor.shape[1], dtype=torch.float64)
+    squares = torch.zeros_like(total)
+    count = tensor.numel() / tensor.shape[1]
+    for first in range(0, len(tensor), 1024):
+        values = to_unit(tensor[first : first + 1024]).double().transpose(0, 1).flatten(1)
+        total += values.sum(1)
+        squares += values.square().sum(1)
+    mean = total / count
+    # A channel that never varies would make a normalised input infinite.
+    std = (squares / count - mean.square()).clamp(min=0).sqrt().clamp(min=1 / 255)
+    return tuple(mean.tolist()), tuple(std.tolist())
+
+
+def digest(parts: Iterable[bytes | str]) -> str:
+    """The SHA-256 of these parts, each with its length, so that no two sequences agree by chance."""
+    found = hashlib.sha256()
+    for part in parts:
+        raw = part.encode() if isinstance(part, str) else part
+        found.update(len(raw).to_bytes(8, "big"))
+        found.update(raw)
+    return found.hexdigest()
+
+
+def tensor_parts(tensors: Mapping[str, Tensor]) -> Iterable[bytes | str]:
+    """Name, type, shape and content of tensors, for `digest`."""
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        yield f"{name} {tensor.dtype} {tuple(tensor.shape)}"
+        yield tensor.view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+
+
+def sampled(split: Split, count: int = 64) -> Iterable[bytes | str]:
+    """For `digest`: all labels, and the content of up to `count` samples that are spread evenly over the split."""
+    if isinstance(split, TensorSplit):
+        return tensor_parts(split.tensors)
+    tensors = split.fetch(list(range(0, len(split), max(1, len(split) // count))))
+    return tensor_parts({**tensors, "labels": torch.zeros(0) if split.labels is None else split.labels})
+
+
+def labels_of(source: Any) -> list[int]:
+    """All labels of a data set or reader, without decoding an image where it keeps a list of them."""
+    for name in ("targets", "labels", "_labels"):
+        if len(getattr(source, name, ())) == len(source):
+            return [int(label) for label in getattr(source, name)]
+    for name in ("samples", "_samples"):
+        if len(getattr(source, name, ())) == len(source):
+            return [int(sample[1]) for sample in getattr(source, name)]
+    return [int(source[i][1]) for i in range(len(source))]

@@ -1,0 +1,151 @@
+"""A data set of image files in one folder per class."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from kdx.builtin.image_data import ImageDataset, digest
+from kdx.builtin.pictures import EXTENSIONS, SEEN_FOR_CHANNELS, PictureSplit, read_channels, read_size
+from kdx.errors import DataError, did_you_mean
+
+SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
+"""Split -> the folder names that mean it."""
+
+
+class ImageFolder(ImageDataset):
+    """Image files in one folder per class, these perhaps below `train`, `val` and `test`.
+
+    path: the folder, as seen from where kdx is started.
+    size: images are cut to a square and scaled to `[size, size]`.
+    channels: `1`, `3`, or `auto`, which looks whether any of the first images has colour.
+
+    Classes are the sub-folders of training in alphabetical order. Other folders' classes must be among them. A file
+    counts as an image by its extension; one that cannot be decoded is an error that names it. The fingerprint covers
+    the relative path, size in bytes and time of change of every image, not its pixels: an edit that keeps both size
+    and time goes unnoticed, and a copy with new times counts as other data.
+    """
+
+    name = "image_folder"
+
+    @dataclass(frozen=True)
+    class Config:
+        path: str
+        size: int = 64
+        channels: str = "auto"
+        augment: dict[str, Any] = field(default_factory=dict)
+
+    config: Config
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self._size = read_size(config.size)
+        self._root = Path(config.path)
+        if not self._root.is_dir():
+            what = "is not a folder" if self._root.exists() else "does not exist"
+            raise DataError(f"data.path: {self._root} {what}; expected a folder with one sub-folder per class")
+        self._folders = split_folders(self._root)
+        if "train" not in self._folders:
+            found = ", ".join(folder.name for folder in self._folders.values())
+            raise DataError(f"data.path: {self._root} has {found} but no folder 'train'")
+
+    def classes(self) -> tuple[str, ...]:
+        return tuple(self._files["train"])
+
+    def fingerprint(self) -> str:
+        states = ((file, file.stat()) for files in self._files.values() for group in files.values() for file in group)
+        return digest(
+            f"{file.relative_to(self._root).as_posix()} {state.st_size} {state.st_mtime_ns}" for file, state in states
+        )
+
+    @cached_property
+    def _files(self) -> dict[str, dict[str, list[Path]]]:
+        """Split -> class -> image files."""
+        files = {split: class_files(folder) for split, folder in self._folders.items()}
+        train = files["train"]
+        if not train:
+            raise DataError(f"data.path: {self._folders['train']} has no sub-folders; expected one per class")
+        for split, classes in files.items():
+            for name, group in classes.items():
+                folder = self._folders[split] / name
+                if name not in train:
+                    raise DataError(f"data.path: {folder} is no class of training; {did_you_mean(name, train)}")
+                if not group:
+                    raise DataError(f"data.path: {folder} holds no image; expected files {', '.join(EXTENSIONS)}")
+        return files
+
+    @cached_property
+    def splits(self) -> dict[str, FileSplit]:
+        # Spread over all classes: the first images alone would all be of one.
+        every = [file for group in self._files["train"].values() for file in group]
+        step = max(1, len(every) // SEEN_FOR_CHANNELS)
+        pictures = [_opened(file) for file in every[::step]] if self.config.channels == "auto" else []
+        channels = read_channels(self.config.channels, pictures)
+        for picture in pictures:
+            picture.close()
+        labels = {name: label for label, name in enumerate(self._files["train"])}
+        return {
+            split: FileSplit(
+                [file for group in files.values() for file in group],
+                [labels[name] for name, group in files.items() for _ in group],
+                self._size,
+                channels,
+            )
+            for split, files in self._files.items()
+        }
+
+
+class FileSplit(PictureSplit):
+    """Labelled image files."""
+
+    def __init__(self, files: list[Path], labels: list[int], size: int, channels: int) -> None:
+        super().__init__(labels, size, channels)
+        self._files = files
+
+    def picture(self, i: int) -> Image.Image:
+        return Image.open(self._files[i])
+
+    def where(self, i: int) -> str:
+        return str(self._files[i])
+
+
+def split_folders(root: Path) -> dict[str, Path]:
+    """Split -> its folder; the folder itself is `train` where no sub-folder is a split.
+
+    A sub-folder is a split if it is called like one and has folders in it: `train` may also be a class, of vehicles.
+    """
+    found = {}
+    for split, names in SPLITS.items():
+        folders = [root / name for name in names if (root / name).is_dir() and _has_folders(root / name)]
+        if folders:
+            found[split] = folders[0]
+    return found or {"train": root}
+
+
+def _has_folders(folder: Path) -> bool:
+    return any(child.is_dir() and not child.name.startswith(".") for child in folder.iterdir())
+
+
+def class_files(folder: Path) -> dict[str, list[Path]]:
+    """Class -> the image files anywhere below its folder, both in alphabetical order; hidden ones are left out."""
+    classes = sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
+    return {child.name: sorted(_images(child)) for child in classes}
+
+
+def _images(folder: Path) -> Iterator[Path]:
+    for file in folder.rglob("*"):
+        hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+        if file.suffix.lower() in EXTENSIONS and not hidden and file.is_file():
+            yield file
+
+
+def _opened(file: Path) -> Image.Image:
+    try:
+        return Image.open(file)
+    except Exception as error:  # decoders raise whatever they like
+        raise DataError(f"{file}: cannot be read: {type(error).__name__}: {error}") from error

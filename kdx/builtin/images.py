@@ -1,0 +1,70 @@
+"""The image data set that kdx ships, and the list of all built-in data sets."""
+
+from __future__ import annotations
+
+import io
+import lzma
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from kdx.builtin.image_data import ImageDataset, digest, tensor_parts
+from kdx.builtin.image_folder import ImageFolder
+from kdx.builtin.tensor_data import TensorDataset
+from kdx.builtin.timm_images import TimmReader
+from kdx.builtin.torchvision_images import TorchvisionDataset
+from kdx.components import Dataset
+from kdx.data import TensorSplit
+from kdx.errors import DataError
+
+FILE = Path(__file__).parent / "files" / "fashion_mnist_10k.npy.xz"
+
+
+class FashionMnist(ImageDataset):
+    """10,000 images of Fashion-MNIST (Xiao, Rasul and Vollgraf, 2017), `[1, 28, 28]` in 10 classes, which kdx brings.
+
+    Training has 800 images of each class, taken from the official training file; test has 200 of each, taken from the
+    official test file. The fingerprint is the SHA-256 of the pixels and labels.
+    """
+
+    name = "fashion_mnist"
+
+    @dataclass(frozen=True)
+    class Config:
+        augment: dict[str, Any] = field(default_factory=dict)
+
+    def classes(self) -> tuple[str, ...]:
+        return (
+            "t-shirt",
+            "trouser",
+            "pullover",
+            "dress",
+            "coat",
+            "sandal",
+            "shirt",
+            "sneaker",
+            "bag",
+            "ankle boot",
+        )
+
+    def fingerprint(self) -> str:
+        return digest(part for split in self.splits.values() for part in tensor_parts(split.tensors))
+
+    @cached_property
+    def splits(self) -> dict[str, TensorSplit]:
+        try:
+            content = io.BytesIO(lzma.decompress(FILE.read_bytes()))
+        except (OSError, lzma.LZMAError) as error:
+            raise DataError(f"data: the Fashion-MNIST file of kdx cannot be read: {FILE}: {error}") from error
+        arrays = [torch.from_numpy(np.load(content, allow_pickle=False)) for _ in range(4)]
+        return {
+            "train": TensorSplit({"image": arrays[0][:, None], "label": arrays[1].long()}),
+            "test": TensorSplit({"image": arrays[2][:, None], "label": arrays[3].long()}),
+        }
+
+
+DATASETS: list[type[Dataset]] = [FashionMnist, ImageFolder, TorchvisionDataset, TimmReader, TensorDataset]

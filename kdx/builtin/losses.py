@@ -1,0 +1,48 @@
+"""The loss that plain supervised training needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdx.components import Given, Loss
+from kdx.errors import ConfigError
+
+
+def cross_entropy(student: Tensor, label: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Mean cross-entropy over the samples that have a label; 0, with a graph, where none has one.
+
+    `student` [B, K] are logits, `label` [B] holds classes from 0 and -1 for none. `label_smoothing` spreads that part
+    of the target evenly over all K classes.
+    """
+    total = F.cross_entropy(student, label, ignore_index=-1, reduction="sum", label_smoothing=label_smoothing)
+    return total / (label != -1).sum().clamp(min=1)
+
+
+class CrossEntropy(Loss):
+    """Cross-entropy with the true labels, at temperature 1, 0-d. Tends to 0 for a student that is sure and right.
+
+    Samples with the label -1 are left out, so labelled and unlabelled data can share a batch.
+    """
+
+    name = "cross_entropy"
+    inputs = {"student": "student.logits", "label": "batch.label"}
+
+    @dataclass(frozen=True)
+    class Config:
+        label_smoothing: float = 0.0
+
+    config: Config
+
+    def __init__(self, config: Config, given: Given) -> None:
+        super().__init__(config, given)
+        if not 0 <= config.label_smoothing < 1:
+            raise ConfigError(f"label_smoothing: found {config.label_smoothing}, expected a share from 0 and below 1")
+
+    def forward(self, student: Tensor, label: Tensor) -> Tensor:
+        return cross_entropy(student, label, self.config.label_smoothing)
+
+
+LOSSES: list[type[Loss]] = [CrossEntropy]

@@ -1,0 +1,240 @@
+"""Makers of networks: timm, torchvision, ONNX files, and modules handed in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kdx.components import Model, Network
+from kdx.errors import ConfigError, PlanError, did_you_mean
+from kdx.taps import STANDARD
+from kdx.types import DataFacts, Shape
+
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+"""Mean and standard deviation per channel."""
+IMAGENET: Statistics = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+class PrepareImage(nn.Module):
+    """Turns raw images `[B, C, H, W]` in `0..1` into a net's input: size, number of channels, statistics."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self, channels: int, size: tuple[int, int] | None, mean: tuple[float, ...], std: tuple[float, ...]
+    ) -> None:
+        super().__init__()
+        self.channels = channels
+        self.size = size
+        self.register_buffer("mean", torch.tensor(mean).reshape(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).reshape(1, -1, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.size is not None and tuple(images.shape[-2:]) != self.size:
+            images = F.interpolate(images, self.size, mode="bilinear", antialias=True, align_corners=False)
+        if images.shape[1] != self.channels:
+            images = images.expand(-1, self.channels, -1, -1) if images.shape[1] == 1 else images.mean(1, keepdim=True)
+        return (images - self.mean) / self.std
+
+
+class Timm(Model):
+    """Any model of timm by name. Weights come from `pretrained`, or from `checkpoint` or `run` of the section.
+
+    The number of classes and input channels follow the data; a pretrained net keeps its own input size, statistics
+    and channels. `args` are handed to the model's constructor.
+    """
+
+    name = "timm"
+    offers = STANDARD
+
+    @dataclass(frozen=True)
+    class Config:
+        model: str
+        pretrained: bool = False
+        num_classes: int | None = None
+        size: int | None = None
+        args: dict[str, Any] = field(default_factory=dict)
+
+    config: Config
+
+    def build(self) -> Network:
+        return self._make(self.config.pretrained)
+
+    def skeleton(self) -> Network:
+        return self._make(False)
+
+    def _make(self, pretrained: bool) -> Network:
+        import timm
+
+        config = self.config
+        if not timm.is_model(config.model):
+            raise ConfigError(f"model: timm has no model {config.model!r}; {_near(config.model, timm.list_models())}")
+        images = _image_streams(self.facts, self.streams)
+        channels = 3 if config.pretrained else images[0]
+        classes = config.num_classes or len(self.facts.classes) or None
+        arguments: dict[str, Any] = {
+            "in_chans": channels,
+            **({"num_classes": classes} if classes else {}),
+            **config.args,
+        }
+        try:
+            net = timm.create_model(config.model, pretrained=pretrained, **arguments)
+        except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+            raise ConfigError(f"args: {config.model} refuses {config.args}: {error}") from error
+        except OSError as error:
+            raise ConfigError(f"pretrained: the weights of {config.model} cannot be had: {error}") from error
+        return Network(net, self.streams, self._prepare(net, channels))
+
+    def _prepare(self, net: nn.Module, channels: int) -> PrepareImage:
+        import timm.data
+
+        size = (self.config.size, self.config.size) if self.config.size else None
+        if self.config.pretrained:
+            own = timm.data.resolve_model_data_config(net)
+            return PrepareImage(channels, size or tuple(own["input_size"][-2:]), own["mean"], own["std"])
+        return PrepareImage(channels, size, *_statistics(self.facts, self.streams, channels))
+
+
+class Torchvision(Model):
+    """Any classification model of torchvision by name; `weights` names a set of its published weights."""
+
+    name = "torchvision"
+
+    @dataclass(frozen=True)
+    class Config:
+        model: str
+        weights: str | None = None
+        size: int | None = None
+        args: dict[str, Any] = field(default_factory=dict)
+
+    config: Config
+
+    def build(self) -> Network:
+        return self._make(self.config.weights)
+
+    def skeleton(self) -> Network:
+        return self._make(None)
+
+    def _make(self, weights: str | None) -> Network:
+        import torchvision
+
+        config = self.config
+        names = torchvision.models.list_models()
+        if config.model not in names:
+            raise ConfigError(f"model: torchvision has no model {config.model!r}; {_near(config.model, names)}")
+        arguments = dict(config.args)
+        if len(self.facts.classes) and config.weights is None:
+            arguments.setdefault("num_classes", len(self.facts.classes))
+        try:
+            net = torchvision.models.get_model(config.model, weights=weights, **arguments)
+        except (TypeError, ValueError, KeyError) as error:
+            raise ConfigError(f"args: {config.model} refuses its options: {error}") from error
+        except OSError as error:
+            raise ConfigError(f"weights: {config.weights} of {config.model} cannot be had: {error}") from error
+        statistics = IMAGENET if config.weights else _statistics(self.facts, self.streams, 3)
+        size = (config.size, config.size) if config.size else (224, 224) if config.weights else None
+        return Network(net, self.streams, PrepareImage(3, size, *statistics))
+
+
+class Onnx(Model):
+    """A frozen teacher in an ONNX file, run by onnxruntime. Raw images in `0..1` are resized and normalised for it.
+
+    `size`, `mean` and `std` describe the input that the file expects; left out, they follow the file and the data.
+    """
+
+    name = "onnx"
+    offers = ("logits",)
+
+    @dataclass(frozen=True)
+    class Config:
+        path: str
+        size: int | None = None
+        mean: list[float] = field(default_factory=list)
+        std: list[float] = field(default_factory=list)
+
+    config: Config
+
+    def build(self) -> Network:
+        net = OnnxNet(Path(self.config.path))
+        channels = net.channels or _image_streams(self.facts, self.streams)[0]
+        size = (self.config.size, self.config.size) if self.config.size else net.size
+        mean, std = _statistics(self.facts, self.streams, channels)
+        prepare = PrepareImage(channels, size, tuple(self.config.mean) or mean, tuple(self.config.std) or std)
+        return Network(net, self.streams, prepare)
+
+
+class OnnxNet(nn.Module):
+    """Runs an ONNX file; gives its first output. There is no gradient, so it can teach and not learn."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise ConfigError("an ONNX teacher needs onnxruntime: pip install 'kdx[onnx]'") from error
+        if not path.is_file():
+            raise ConfigError(f"path: there is no file {path}")
+        self._path = path
+        try:
+            self._session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime raises classes of its own, which it does not export
+            raise ConfigError(f"path: {path} is no ONNX file that onnxruntime can run: {error}") from error
+        entry = self._session.get_inputs()[0]
+        self._input, shape = entry.name, entry.shape
+        fixed = [extent if isinstance(extent, int) else None for extent in shape]
+        self.channels = fixed[1] if len(fixed) == 4 else None
+        self.size = (fixed[2], fixed[3]) if len(fixed) == 4 and fixed[2] and fixed[3] else None
+        self._one_by_one = fixed[0] == 1
+
+    def forward(self, images: Tensor) -> Tensor:
+        array = images.detach().float().cpu().contiguous().numpy()
+        groups = [array[i : i + 1] for i in range(len(array))] if self._one_by_one else [array]
+        answers = [torch.from_numpy(self._session.run(None, {self._input: group})[0]) for group in groups]
+        return torch.cat(answers).to(images.device)
+
+
+class Given(Model):
+    """A module handed in from Python (`kdx.run(config, models={...})`)."""
+
+    name = "module"
+
+    @dataclass(frozen=True)
+    class Config:
+        digest: str = ""
+
+    def build(self) -> Network:
+        raise PlanError("`module` stands for a network handed to kdx.run(models={...}), and none was")
+
+
+def _image_streams(facts: DataFacts, streams: tuple[str, ...]) -> Shape:
+    for stream in streams:
+        if stream not in facts.streams:
+            raise PlanError(f"input: the data has no stream {stream!r}; {did_you_mean(stream, facts.streams)}")
+    return facts.streams[streams[0]].shape
+
+
+def _statistics(
+    facts: DataFacts, streams: tuple[str, ...], channels: int
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of the data for a net with this many channels."""
+    stream = facts.streams[streams[0]]
+    mean, std = stream.mean or (0.5,), stream.std or (0.5,)
+    if len(mean) != channels:
+        mean, std = (sum(mean) / len(mean),) * channels, (sum(std) / len(std),) * channels
+    return mean, std
+
+
+def _near(name: str, names: list[str]) -> str:
+    import difflib
+
+    near = difflib.get_close_matches(name, names, n=3)
+    return f"did you mean {', '.join(near)}?" if near else f"it has {len(names)} others"
+
+
+MODELS: list[type[Model]] = [Timm, Torchvision, Onnx, Given]

@@ -1,0 +1,147 @@
+"""The steps of a compiled plan. A call reads tensors by key, runs one module, and puts its results under keys.
+
+Keys are `owner.field` (`wide.mid`, `batch.label`, `tau.out`), the config path of a knob (`losses.kd.temperature`), or
+`losses.kd` for the value of a term.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdx.components import Node
+from kdx.errors import PlanError
+from kdx.taps import Tapped, classifier_of
+from kdx.types import Batch
+
+Values = dict[str, Any]
+Key = str
+
+
+class Borrowed:
+    """A part of a model that a node may call: gradient flows to its input and none to its weights."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        module = self._module
+        if any(parameter.requires_grad for parameter in module.parameters()):
+            fixed = {name: parameter.detach() for name, parameter in module.named_parameters()}
+            result: Tensor = torch.func.functional_call(module, fixed, inputs)
+        else:
+            result = module(*inputs)
+        return result
+
+
+def find_part(net: nn.Module, path: str, where: str) -> nn.Module:
+    """The sub-module `path` of a net; `classifier` is what makes logits of an embedding in any net."""
+    if path == "classifier" and (found := classifier_of(net)) is not None:
+        return found
+    try:
+        return net.get_submodule(path)
+    except AttributeError:
+        raise PlanError(f"{where}: {type(net).__name__} has no part {path!r}") from None
+
+
+@dataclass(frozen=True)
+class ModelCall:
+    """Runs a network on the batch."""
+
+    name: str
+    where: str
+    module: Tapped
+    streams: tuple[Key, ...]
+    gives: tuple[Key, ...]
+
+    @property
+    def reads(self) -> tuple[Key, ...]:
+        return self.streams
+
+    def run(self, values: Values) -> None:
+        batch: Batch = {key.removeprefix("batch."): values[key] for key in self.streams}
+        for name, tensor in self.module(batch).items():
+            values[f"{self.name}.{name}"] = tensor
+
+
+@dataclass(frozen=True)
+class NodeCall:
+    """Runs a target, an aligner or a loss.
+
+    `arguments` maps each parameter of `forward` to a key, a tuple of keys, or None; knobs are among them. `weight` is
+    the key of a loss's weight.
+    """
+
+    name: str
+    kind: str
+    where: str
+    module: Node
+    arguments: Mapping[str, Key | tuple[Key, ...] | None]
+    gives: tuple[Key, ...]
+    parts: Mapping[str, Borrowed] = field(default_factory=dict)
+    weight: Key = ""
+    label: str = ""
+
+    @property
+    def reads(self) -> tuple[Key, ...]:
+        return tuple(_keys(self.arguments.values())) + ((self.weight,) if self.weight else ())
+
+    def inputs(self, values: Values) -> dict[str, Any]:
+        """The arguments of `forward`."""
+        arguments: dict[str, Any] = dict(self.parts)
+        for name, key in self.arguments.items():
+            arguments[name] = [values[one] for one in key] if isinstance(key, tuple) else key and values[key]
+        return arguments
+
+    def run(self, values: Values) -> None:
+        arguments = self.inputs(values)
+        try:
+            if self.kind == "losses":
+                arguments = {name: _full_precision(value) for name, value in arguments.items()}
+            result = self.module(**arguments)
+        except Exception as error:
+            error.add_note(f"in {self.label}")
+            raise
+        if isinstance(result, Mapping):
+            for key in self.gives:
+                values[key] = result[key.rpartition(".")[2]]
+        else:
+            values[self.gives[0]] = result
+
+
+Call = ModelCall | NodeCall
+
+
+def execute(calls: Sequence[Call], values: Values) -> None:
+    """Run calls in order; each finds its inputs in `values` and leaves its results there."""
+    for call in calls:
+        call.run(values)
+
+
+def weighted(calls: Iterable[NodeCall], values: Values) -> Tensor:
+    """The sum of the terms, each times its weight and averaged over the batch; 0-d."""
+    parts: list[Tensor] = []
+    for call in calls:
+        part: Tensor = values[call.weight] * values[call.gives[0]]
+        parts.append(part.mean() if part.ndim else part)
+    return torch.stack(parts).sum() if len(parts) > 1 else parts[0]
+
+
+def _keys(arguments: Iterable[Key | tuple[Key, ...] | None]) -> Iterable[Key]:
+    for key in arguments:
+        if isinstance(key, tuple):
+            yield from key
+        elif key:
+            yield key
+
+
+def _full_precision(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_full_precision(item) for item in value]
+    if isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16):
+        return value.float()
+    return value

@@ -1,0 +1,237 @@
+"""The command line. Each command imports what it needs when it runs, so that help comes at once."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich_argparse import RawDescriptionRichHelpFormatter
+
+from kdx.errors import KdxError
+
+if TYPE_CHECKING:
+    from kdx.runs import Prepared
+
+FAILED, REFUSED, STOPPED = 1, 2, 75
+"""Exit codes: a bug, an input that was refused, a run that saved its state and can go on (EX_TEMPFAIL)."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    errors = Console(stderr=True)
+    try:
+        code: int = options.command(options)
+        return code
+    except KdxError as error:
+        if options.debug:
+            raise
+        from kdx.runs import Stopped
+
+        errors.print(
+            _message(error),
+            style="yellow" if isinstance(error, Stopped) else "red",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+        return STOPPED if isinstance(error, Stopped) else REFUSED
+    except BrokenPipeError:
+        return 0
+    except Exception as error:
+        if options.debug:
+            raise
+        errors.print(
+            f"{type(error).__name__}: {_message(error)}", style="red", markup=False, highlight=False, soft_wrap=True
+        )
+        errors.print("This is unexpected; --debug shows where it happened.", style="dim")
+        return FAILED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "kdx",
+        description="Distil a small model from one or several teachers.",
+        formatter_class=RawDescriptionRichHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=_version())
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def add(name: str, command: Callable[[Any], int], help: str, epilog: str = "") -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name, help=help, description=help, epilog=epilog, formatter_class=RawDescriptionRichHelpFormatter
+        )
+        sub.set_defaults(command=command)
+        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        return sub
+
+    run = add(
+        "run", _run, "Train the student of a config, with the teachers and the plain student that it needs.",
+        "Example: kdx run configs/multi_teacher.yaml losses.kd.temperature=2 --seeds 0,1,2",
+    )  # fmt: skip
+    _config_arguments(run)
+    run.add_argument("--fresh", action="store_true", help="train anew although a finished run with this content exists")
+    run.add_argument(
+        "--dry-run", action="store_true", help="check everything, say what would be trained, train nothing"
+    )
+    run.add_argument("--seeds", metavar="N,N,...", help="run once for each seed and compare with the plain student")
+    run.add_argument("--quiet", action="store_true", help="no progress bars, only the table at the end")
+
+    explain = add("explain", _explain, "Show the plan of a config: what is built, what reads what, which shapes.")
+    _config_arguments(explain)
+    explain.add_argument("--mermaid", action="store_true", help="print a Mermaid flow chart")
+    explain.add_argument("--text", action="store_true", help="print plain text, made for diff")
+
+    plugins = add("plugins", _plugins, "List the plugins, or show one component with its options.")
+    plugins.add_argument("name", nargs="?", help="a component, as in kd")
+    plugins.add_argument(
+        "--plugin", action="append", default=[], metavar="FILE_OR_MODULE", help="load this one as well"
+    )
+
+    init = add("init", _init, "Look at a folder of images and write a commented config that runs on it.")
+    init.add_argument("folder", type=Path, help="a folder with one sub-folder per class")
+    init.add_argument(
+        "--out", type=Path, default=Path("kdx.yaml"), help="where to write the config (default: kdx.yaml)"
+    )
+    return parser
+
+
+def _config_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", type=Path, help="a config file")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="changes to the config, as in losses.hint=null"
+    )
+
+
+def _run(options: argparse.Namespace) -> int:
+    from kdx.config import load
+    from kdx.report import comparison, summary_table
+    from kdx.runs import Options, carry_out, prepare
+
+    out, notes = Console(), Console(stderr=True)
+    seeds = _seeds(options.seeds)
+    stopper = _Stopper(notes)
+    how = Options(fresh=options.fresh, console=notes, quiet=options.quiet, stop=stopper)
+    results = []
+    for seed in seeds:
+        overrides = [*options.overrides, *([f"seed={seed}"] if seed is not None else [])]
+        prepared = prepare(load(options.config, overrides), how)
+        if options.dry_run:
+            _dry_run(prepared, how, out)
+            continue
+        with stopper:
+            result = carry_out(prepared, how)
+        results.append(result)
+        out.print(summary_table(result))
+        out.print(f"report: {prepared.folder / 'report.html'}", markup=False, highlight=False, soft_wrap=True)
+    if len(results) > 1:
+        out.print(comparison(results)[0])
+    return 0
+
+
+def _dry_run(prepared: Prepared, how: Any, out: Console) -> None:
+    from kdx.runs import build_plan, family, finished
+    from kdx.table import plan_table
+
+    out.print(plan_table(build_plan(prepared, how, trained=False)))
+    for one in family(prepared):
+        build_plan(one, how, trained=False)
+        state = (
+            "finished"
+            if finished(one)
+            else "half finished"
+            if (one.folder / "checkpoint").exists()
+            else "to be trained"
+        )
+        out.print(f"{one.folder}: {state}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _explain(options: argparse.Namespace) -> int:
+    from kdx.config import load
+    from kdx.runs import Options, build_plan, prepare
+    from kdx.table import plan_mermaid, plan_table, plan_text, remarks
+
+    how = Options(quiet=True)
+    plan = build_plan(prepare(load(options.config, options.overrides), how), how, trained=False)
+    if options.mermaid:
+        sys.stdout.write(plan_mermaid(plan))
+    elif options.text:
+        sys.stdout.write(plan_text(plan))
+    else:
+        out = Console()
+        out.print(plan_table(plan))
+        for line in remarks(plan):
+            out.print(f"- {line}", markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+def _plugins(options: argparse.Namespace) -> int:
+    from kdx.catalogue import component_view, plugin_table
+    from kdx.plugins import discover
+
+    registry = discover(options.plugin, folder=Path.cwd())
+    out = Console()
+    for item in [plugin_table(registry)] if options.name is None else component_view(registry, options.name):
+        out.print(item)
+    return 0
+
+
+def _init(options: argparse.Namespace) -> int:
+    from kdx.init import scan, write_config
+
+    facts = scan(options.folder)
+    path = write_config(facts, options.out)
+    Console().print(f"wrote {path}: look at it, then kdx run {path}", markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+class _Stopper:
+    """Turns the first SIGINT or SIGTERM within its block into a wish to stop; a second one ends the process."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._asked = False
+
+    def __call__(self) -> bool:
+        return self._asked
+
+    def __enter__(self) -> None:
+        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
+        self._asked = True
+        self._console.print("stopping after this update; once more stops at once", style="yellow")
+
+
+def _seeds(text: str | None) -> list[int | None]:
+    if text is None:
+        return [None]
+    try:
+        seeds: list[int | None] = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise KdxError(f"--seeds: found {text!r}, expected whole numbers with commas, as in 0,1,2") from None
+    if len(set(seeds)) != len(seeds):
+        raise KdxError(f"--seeds: {text!r} names a seed twice")
+    return seeds
+
+
+def _message(error: BaseException) -> str:
+    return "\n".join([str(error), *getattr(error, "__notes__", [])])
+
+
+def _version() -> str:
+    from kdx import __version__
+
+    return f"kdx {__version__}"

@@ -1,0 +1,191 @@
+"""Reads config files: each function turns plain mappings into plain mappings; `kdx.spec` gives them meaning."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from kdx.errors import ConfigError
+
+Mapped = dict[str, Any]
+
+
+def load(path: str | Path, overrides: Iterable[str] = ()) -> Mapped:
+    """A config file with everything that it extends, the overrides laid over it, and interpolations resolved.
+
+    The result has no `extends`. Paths of runs, plugins and checkpoints are relative to the file that names them and
+    come out absolute. `name` defaults to the file's stem.
+    """
+    path = Path(path)
+    given = _read_layers(path, ())
+    given.setdefault("name", path.stem)
+    for override in overrides:
+        given = overlay(given, _paths_from(parse_override(override), Path.cwd()))
+    return resolve(given)
+
+
+def load_mapping(given: Mapping[str, Any], folder: Path | None = None) -> Mapped:
+    """As `load`, for a config written as a mapping; `folder` is what its paths are relative to."""
+    return resolve(_extended(dict(copy.deepcopy(given)), folder or Path.cwd(), ()))
+
+
+def overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> Mapped:
+    """Lay one config over another: null removes, a changed `use` starts the node afresh, all else merges.
+
+    Lists are replaced. Neither argument is changed.
+    """
+    result: Mapped = dict(below)
+    for key, value in above.items():
+        under = result.get(key)
+        if value is None:
+            result.pop(key, None)
+        elif not isinstance(value, Mapping):
+            result[key] = copy.deepcopy(value)
+        elif isinstance(under, Mapping) and ("use" not in value or value["use"] == under.get("use")):
+            result[key] = overlay(under, value)
+        else:
+            result[key] = overlay({}, value)
+    return result
+
+
+def parse_override(text: str) -> Mapped:
+    """`losses.kd.temperature=2` as a nested mapping; the value is YAML, so `losses.hint=null` removes a node."""
+    key, equals, value = text.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise ConfigError(f"override {text!r}: expected key=value with a dotted key, as in losses.kd.temperature=2")
+    try:
+        nested: Any = OmegaConf.to_container(OmegaConf.create({"value": _yaml(value)}), resolve=False)["value"]  # type: ignore[index,call-overload]
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
+        raise ConfigError(f"override {text!r}: the value is not valid YAML: {_one_line(error)}") from error
+    for part in reversed(parts):
+        nested = {part: nested}
+    return dict(nested)
+
+
+def resolve(given: Mapped) -> Mapped:
+    """Replace every `${...}`; raise `ConfigError` where one names nothing."""
+    try:
+        resolved = OmegaConf.to_container(OmegaConf.create(given), resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{getattr(error, 'full_key', '') or 'config'}: {_one_line(error)}") from error
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ConfigError(f"config: {_one_line(error)}") from error
+    if not isinstance(resolved, dict):
+        raise ConfigError(f"a config is a mapping, not a {type(resolved).__name__}")
+    return {str(key): value for key, value in resolved.items()}
+
+
+def to_yaml(config: Mapping[str, Any]) -> str:
+    """A config as YAML, keys in the order given."""
+    return yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True, default_flow_style=None, width=100)
+
+
+def _read_layers(path: Path, above: tuple[Path, ...]) -> Mapped:
+    resolved = path.resolve()
+    if resolved in above:
+        chain = " -> ".join(file.name for file in (*above, resolved))
+        raise ConfigError(f"{path}: the files extend each other in a circle: {chain}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        extended = f" (extended by {above[-1]})" if above else ""
+        raise ConfigError(f"cannot read config {path}{extended}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"config {path} is not UTF-8 text: {error}") from error
+    try:
+        given = _yaml(text)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"config {path} is not valid YAML: {_one_line(error)}") from error
+    if given is None:
+        given = {}
+    if not isinstance(given, dict) or not all(isinstance(key, str) for key in given):
+        raise ConfigError(f"config {path}: expected a mapping with named sections at the top")
+    return _extended(given, path.parent, (*above, resolved))
+
+
+def _extended(given: Mapped, folder: Path, above: tuple[Path, ...]) -> Mapped:
+    """Lay a mapping over the files that its `extends` names, and make its paths absolute."""
+    names = given.pop("extends", None) or []
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"extends: expected a path or a list of paths, found {names!r}")
+    below: Mapped = {}
+    for name in names:
+        layer = _read_layers(folder / name, above)
+        layer.setdefault("name", Path(name).stem)
+        below = overlay(below, layer)
+    if above:  # a file that extends another one has a name of its own
+        below.pop("name", None)
+    return overlay(below, _paths_from(given, folder))
+
+
+def _paths_from(given: Mapped, folder: Path) -> Mapped:
+    """Make the paths that a config may hold absolute, and write each `run: path` as `run: {extends: path}`."""
+    given = copy.deepcopy(given)
+    if isinstance(given.get("plugins"), list):
+        given["plugins"] = [
+            str((folder / item).resolve()) if isinstance(item, str) and item.endswith(".py") else item
+            for item in given["plugins"]
+        ]
+    teachers = given.get("teachers")
+    models = [given.get("student"), *(teachers.values() if isinstance(teachers, dict) else [])]
+    for model in models:
+        if not isinstance(model, dict):
+            continue
+        for key in ("checkpoint", "folder"):
+            if isinstance(model.get(key), str):
+                model[key] = str((folder / model[key]).resolve())
+        run = model.get("run")
+        if isinstance(run, str):
+            model["run"] = {"extends": str((folder / run).resolve())}
+        elif isinstance(run, dict):
+            if isinstance(run.get("extends"), str):
+                run["extends"] = str((folder / run["extends"]).resolve())
+            model["run"] = _paths_from(run, folder)
+    return given
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as OmegaConf reads it: `1e-3` is a number, and a key that stands twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, (str, int, float, bool)) and key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} stands twice", key_node.start_mark
+                )
+            if isinstance(key, (str, int, float, bool)):
+                seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"""^(?:[-+]?(?:[0-9][0-9_]*)\.[0-9_]*(?:[eE][-+]?[0-9]+)?
+        |[-+]?(?:[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)
+        |\.[0-9_]+(?:[eE][-+]?[0-9]+)?
+        |[-+]?\.(?:inf|Inf|INF)
+        |\.(?:nan|NaN|NAN))$""",
+        re.VERBOSE,
+    ),
+    list("-+0123456789."),
+)
+
+
+def _yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,361 @@
+"""From a data set to batches: which samples a run sees, with which labels, and in which order."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from kdx.components import Dataset, Split
+from kdx.errors import ConfigError, DataError, KdxError, did_you_mean
+from kdx.randomness import seeded
+from kdx.types import Batch, DataFacts
+
+UNLABELLED = ("keep", "drop")
+
+
+@dataclass
+class SplitOptions:
+    """Which samples a run trains on and whose labels it may see; the options of `data:` that any data set has.
+
+    labelled: how many training samples keep their label, as a count (`500`) or a share (`0.1`), drawn class by class;
+        None for all. With 0 a student learns from its teachers alone.
+    unlabelled: `keep` trains on the other samples without their label, `drop` leaves them out.
+    validation: how many training samples are held out, as a count or a share, where the data set brings no validation
+        split of its own; 0 for none.
+    split_seed: decides which samples these are. Fewer labels are a subset of more labels where the classes are
+        balanced.
+    """
+
+    labelled: int | float | None = None
+    unlabelled: str = "keep"
+    validation: int | float = 0.1
+    split_seed: int = 0
+
+
+class View(Split):
+    """The samples of `source` at `positions` (int64 `[N]`), with `labels` (int64 `[N]`, -1 where hidden).
+
+    Batches carry `index`, the position in the source.
+    """
+
+    def __init__(self, source: Split, positions: Tensor, labels: Tensor | None) -> None:
+        self.source = source
+        self.positions = positions
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def fetch(self, indices: Sequence[int]) -> Batch:
+        chosen = torch.as_tensor(indices, dtype=torch.int64)
+        positions = self.positions[chosen]
+        batch = dict(self.source.fetch(positions.tolist()))
+        if self.labels is not None:
+            batch["label"] = self.labels[chosen]
+        batch["index"] = positions
+        return batch
+
+
+@dataclass(frozen=True)
+class Splits:
+    """What a run trains on, validates on and is tested on, and the facts that its components may know."""
+
+    train: View
+    val: View | None
+    test: View | None
+    facts: DataFacts
+
+
+def make_splits(dataset: Dataset, options: SplitOptions) -> Splits:
+    """The splits of a run. Labels that the run may not see are -1 in batches and in `facts.labels`.
+
+    Raises ConfigError for options that the data cannot meet, DataError for labels that do not fit the classes.
+    """
+    facts = dataset.facts()
+    source = dataset.train()
+    labels = _labels(source, facts.classes, "train")
+    own_val, own_test = dataset.val(), dataset.test()
+    train = torch.arange(len(source))
+    val = None if own_val is None else _whole(own_val, facts.classes, "val")
+    if own_val is None:
+        held = _held_out(options, labels, len(source))
+        if held.any():
+            val = View(source, train[held], None if labels is None else labels[held])
+            train = train[~held]
+    visible = _visible(options, labels, train)
+    if options.unlabelled == "drop" and visible is not None:
+        train = train[visible[train] >= 0]
+        if not len(train):
+            raise ConfigError("data.unlabelled: 'drop' leaves no training sample, because none has a label")
+    return Splits(
+        train=View(source, train, None if visible is None else visible[train]),
+        val=val,
+        test=None if own_test is None else _whole(own_test, facts.classes, "test"),
+        facts=replace(facts, size=len(source), labels=() if visible is None else tuple(visible.tolist())),
+    )
+
+
+def _whole(split: Split, classes: tuple[str, ...], name: str) -> View:
+    labels = _labels(split, classes, name)
+    return View(split, torch.arange(len(split)), labels)
+
+
+def _labels(split: Split, classes: tuple[str, ...], name: str) -> Tensor | None:
+    """The labels of a split, once it is sure that they fit its length and the classes."""
+    if len(split) == 0:
+        raise DataError(f"data: the {name} split has no samples")
+    if split.labels is None:
+        return None
+    labels = split.labels.to("cpu", torch.int64)
+    if labels.shape != (len(split),):
+        raise DataError(
+            f"data: the {name} split has {len(split)} samples but labels of shape {list(labels.shape)}; "
+            f"expected [{len(split)}]"
+        )
+    wrong = (labels < -1) | (labels >= len(classes)) if classes else labels < -1
+    if wrong.any():
+        first = int(wrong.int().argmax())
+        expected = f"0 to {len(classes) - 1} for {len(classes)} classes" if classes else "0 or more"
+        raise DataError(
+            f"data: sample {first} of the {name} split has label {int(labels[first])}; expected {expected}, "
+            "or -1 for a sample without a label"
+        )
+    return labels
+
+
+def _held_out(options: SplitOptions, labels: Tensor | None, size: int) -> Tensor:
+    """Which training samples are held out for validation, bool `[size]`; only labelled ones where there are labels."""
+    found = options.validation
+    if isinstance(found, bool) or not isinstance(found, int | float) or found < 0:
+        raise ConfigError(f"data.validation: found {found!r}, expected a count, or a share of at least 0 and below 1")
+    if isinstance(found, float) and found >= 1:
+        raise ConfigError(f"data.validation: found {found}, but a share is below 1 (a count has no decimal point)")
+    held = torch.zeros(size, dtype=torch.bool)
+    candidates = held.logical_not() if labels is None else labels >= 0
+    available = int(candidates.sum())
+    if not found or not available:
+        return held
+    count = found if isinstance(found, int) else max(1, round(found * available))
+    if count >= size:
+        raise ConfigError(f"data.validation: found {found}, but of {size} training samples at least one must be left")
+    if count > available:
+        raise ConfigError(f"data.validation: found {found}, but only {available} training samples have a label")
+    held[_draw(labels, candidates, count, 0, seeded("validation", options.split_seed))] = True
+    return held
+
+
+def _visible(options: SplitOptions, labels: Tensor | None, train: Tensor) -> Tensor | None:
+    """The labels that training may see, for every sample of the source."""
+    if options.unlabelled not in UNLABELLED:
+        raise ConfigError(
+            f"data.unlabelled: found {options.unlabelled!r}, {did_you_mean(str(options.unlabelled), UNLABELLED)}"
+        )
+    if labels is None:
+        if options.labelled is not None:
+            raise ConfigError(f"data.labelled: found {options.labelled!r}, but the data set has no class labels")
+        return None
+    candidates = torch.zeros(len(labels), dtype=torch.bool)
+    candidates[train] = labels[train] >= 0
+    shown = candidates.nonzero()[:, 0]
+    if options.labelled is not None:
+        count = _labelled_count(options.labelled, labels[candidates])
+        if count < len(shown):
+            shown = _draw(labels, candidates, count, 1, seeded("labelled", options.split_seed))
+    visible = torch.full_like(labels, -1)
+    visible[shown] = labels[shown]
+    return visible
+
+
+def _labelled_count(found: int | float, labels: Tensor) -> int:
+    """How many samples keep their label; `labels` are those of the training samples that have one."""
+    if isinstance(found, bool) or not isinstance(found, int | float):
+        raise ConfigError(f"data.labelled: found {found!r}, expected a count (500), a share (0.1) or null for all")
+    if isinstance(found, float) and not 0 < found <= 1:
+        raise ConfigError(f"data.labelled: found {found}, but a share is above 0 and at most 1 (a count has no point)")
+    if found < 0 or found > len(labels):
+        raise ConfigError(
+            f"data.labelled: found {found}, expected 0 to {len(labels)}, the training samples that have a label "
+            "once validation has been taken"
+        )
+    count = found if isinstance(found, int) else round(found * len(labels))
+    classes = int((labels.bincount() > 0).sum())
+    if (count or found) and count < classes:
+        share = "" if isinstance(found, int) else f" (a share of {found} of {len(labels)} samples)"
+        raise ConfigError(
+            f"data.labelled: {count} labels{share} cannot cover {classes} classes; expected {classes} or more, "
+            "0 for none, or null for all"
+        )
+    return count
+
+
+def _draw(labels: Tensor | None, candidates: Tensor, count: int, least: int, generator: torch.Generator) -> Tensor:
+    """`count` of the candidates (bool `[N]`), as positions; each class by its share and with at least `least`."""
+    shuffled = torch.randperm(len(candidates), generator=generator)
+    shuffled = shuffled[candidates[shuffled]]
+    if labels is None:
+        return shuffled[:count]
+    sizes = labels[shuffled].bincount()
+    classes = sizes.nonzero()[:, 0]
+    quotas = _quotas(sizes[classes].tolist(), count, least)
+    return torch.cat([shuffled[labels[shuffled] == c][:n] for c, n in zip(classes.tolist(), quotas, strict=True)])
+
+
+def _quotas(sizes: list[int], count: int, least: int) -> list[int]:
+    """`count` shared out in proportion to `sizes`, no part above its size or, where `count` allows, below `least`."""
+    wanted = [size * count / sum(sizes) for size in sizes]
+    given = [max(least, int(want)) for want in wanted]
+    parts = range(len(sizes))
+    while sum(given) < count:
+        given[max((i for i in parts if given[i] < sizes[i]), key=lambda i: wanted[i] - given[i])] += 1
+    while sum(given) > count:
+        given[min((i for i in parts if given[i] > least), key=lambda i: wanted[i] - given[i])] -= 1
+    return given
+
+
+class TensorSplit(Split):
+    """Samples that lie in memory: stream -> tensor with the sample axis first. Images may stay uint8."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        lengths = {name: len(tensor) for name, tensor in tensors.items()}
+        if len(set(lengths.values())) != 1:
+            listing = ", ".join(f"{name} {length}" for name, length in lengths.items()) or "no stream at all"
+            raise DataError(f"data: every stream needs the same number of samples, but found {listing}")
+        self.tensors = dict(tensors)
+        label = self.tensors.get("label")
+        self.labels = label if label is not None and label.ndim == 1 and not label.is_floating_point() else None
+
+    def __len__(self) -> int:
+        return len(next(iter(self.tensors.values())))
+
+    def fetch(self, indices: Sequence[int]) -> Batch:
+        chosen = torch.as_tensor(indices, dtype=torch.int64)
+        return {name: tensor.index_select(0, chosen) for name, tensor in self.tensors.items()}
+
+
+class SampleSplit(Split):
+    """Samples that are read one by one, from files for instance."""
+
+    @abstractmethod
+    def sample(self, i: int) -> Batch:
+        """Sample `i`: stream -> tensor without a batch axis."""
+
+    @abstractmethod
+    def where(self, i: int) -> str:
+        """The file or the place that sample `i` comes from, for error messages."""
+
+    def fetch(self, indices: Sequence[int]) -> Batch:
+        samples = [self._read(i) for i in indices]
+        for i, sample in zip(indices, samples, strict=True):
+            for name, tensor in samples[0].items():
+                if name not in sample or sample[name].shape != tensor.shape:
+                    found = list(sample[name].shape) if name in sample else "nothing"
+                    raise DataError(
+                        f"{self.where(i)}: found {found} for the stream '{name}', expected {list(tensor.shape)} "
+                        f"as in {self.where(indices[0])}"
+                    )
+        return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+
+    def _read(self, i: int) -> Batch:
+        try:
+            return self.sample(i)
+        except KdxError:
+            raise
+        except Exception as error:  # decoders raise whatever they like: OSError, SyntaxError, struct.error, ...
+            raise DataError(f"{self.where(i)}: cannot be read: {type(error).__name__}: {error}") from error
+
+
+class Loader:
+    """The training batches of a view, each epoch in an order that depends on `seed` and the epoch's number alone.
+
+    The last samples of an order that do not fill a batch are left out, so an epoch has `steps_per_epoch` batches;
+    a view that is smaller than one batch is one short batch. The batches are the same for any number of `workers`.
+    """
+
+    def __init__(self, view: Split, batch: int, seed: int, workers: int = 0) -> None:
+        self.steps_per_epoch = max(1, len(view) // batch)
+        self._size = len(view)
+        self._batch = batch
+        self._seed = seed
+        self._reader = _Reader(view, workers)
+
+    def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of epoch `number` (from 1) without the first `start`, which are not read either.
+
+        With workers, an epoch ends where a later call begins to read: they share the worker processes.
+        """
+        order = torch.randperm(self._size, generator=seeded("order", self._seed, number)).tolist()
+        return self._reader.read(_batches(order, self._batch)[start : self.steps_per_epoch])
+
+
+def in_order(view: Split, batch: int, workers: int = 0) -> Iterator[Batch]:
+    """All samples of a view in their order, for evaluation; the last batch may be short."""
+    return _Reader(view, workers).read(_batches(list(range(len(view))), batch))
+
+
+def _batches(order: list[int], batch: int) -> list[list[int]]:
+    return [order[first : first + batch] for first in range(0, len(order), batch)]
+
+
+class _Reader:
+    """Fetches planned batches, in this process or in worker processes that live as long as the reader."""
+
+    def __init__(self, split: Split, workers: int) -> None:
+        self._split = split
+        self._plan: list[list[int]] = []
+        self._turn = 0
+        self._loader: DataLoader[Any] | None = None
+        if workers:
+            self._loader = DataLoader(
+                _Fetch(split),
+                batch_sampler=self._plan,
+                num_workers=workers,
+                collate_fn=_as_it_is,
+                persistent_workers=True,
+                # A split may be of a class from a plugin file, which a fresh interpreter could not import.
+                multiprocessing_context="fork" if sys.platform == "linux" else None,
+                generator=torch.Generator(),  # or the loader would draw from torch's global one
+            )
+
+    def read(self, plan: list[list[int]]) -> Iterator[Batch]:
+        if self._loader is None:
+            for indices in plan:
+                yield self._split.fetch(indices)
+            return
+        self._turn += 1
+        turn = self._turn
+        self._plan[:] = plan
+        with warnings.catch_warnings():  # Python 3.12 warns of any fork beside threads; workers touch no lock of ours
+            warnings.filterwarnings("ignore", message=".*fork", category=DeprecationWarning)
+            batches = iter(self._loader)
+        for batch in batches:
+            if isinstance(batch, KdxError):
+                raise batch
+            yield batch
+            if turn != self._turn:
+                raise RuntimeError("this epoch was cut off: a later one has begun to use the same workers")
+
+
+class _Fetch(TorchDataset[Any]):
+    """Hands errors that a person reads back as values: torch would wrap them into a worker's traceback."""
+
+    def __init__(self, split: Split) -> None:
+        self._split = split
+
+    def __getitems__(self, indices: list[int]) -> Batch | KdxError:
+        try:
+            return self._split.fetch(indices)
+        except KdxError as error:
+            return error
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch

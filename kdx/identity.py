@@ -1,0 +1,148 @@
+"""What decides the result of a run, as a hash; and what a person needs to know to repeat it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kdx.components import Dataset, Schedule
+from kdx.errors import CheckpointError
+from kdx.plugins import Plugin
+from kdx.reach import Reach
+from kdx.spec import ModelSpec, NodeSpec, Part, RunSpec, plain_options
+
+LIBRARIES = ("kdx", "torch", "torchvision", "timm", "torchmetrics", "pluggy", "omegaconf", "safetensors", "numpy")
+
+
+def run_hash(spec: RunSpec, dataset: Dataset, reached: Reach, needs: Mapping[str, str]) -> str:
+    """Twelve hex digits for all that decides the result: live parts with every option, data, plugins, needed runs.
+
+    `needs` are the hashes of the runs that teachers come from. Names of files and folders, devices, workers and
+    whatever no loss reads do not count.
+    """
+    train = asdict(spec.train)
+    for key in ("save", "lr"):
+        train.pop(key)
+    content = {
+        "seed": spec.root.seed,
+        "data": [_part(spec.data), asdict(spec.splits), dataset.fingerprint()],
+        "models": {name: _model(spec.models[name], reached.fields[name], needs.get(name)) for name in reached.models},
+        "nodes": {name: _node(node) for name, node in reached.nodes.items()},
+        "metrics": [_part(part) for part in spec.metrics],
+        "train": [train, _knob(spec.lr), _part(spec.updater)],
+        "precision": spec.runtime.precision,
+        "plugins": {plugin.name: plugin.digest for plugin in used_plugins(spec, reached)},
+    }
+    text = json.dumps(content, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def used_plugins(spec: RunSpec, reached: Reach) -> list[Plugin]:
+    """The plugins that supply what a run uses, built-ins first."""
+    parts: list[Any] = [spec.data, spec.updater, *spec.metrics, *reached.nodes.values()]
+    parts += [spec.models[name] for name in reached.models]
+    names = {part.entry.plugin.name for part in parts}
+    return [plugin for plugin in spec.registry.plugins if plugin.name in names]
+
+
+def environment(
+    spec: RunSpec, reached: Reach, *, hash: str, needs: Mapping[str, str], device: str, precision: str
+) -> dict[str, Any]:
+    """Versions, plugins, seeds and the git revision of the working folder, for `environment.json`."""
+    return {
+        "hash": hash,
+        "seed": spec.root.seed,
+        "split_seed": spec.splits.split_seed,
+        "needs": dict(needs),
+        "plugins": [asdict(plugin) for plugin in used_plugins(spec, reached)],
+        "libraries": _versions(LIBRARIES),
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "device": device,
+        "gpu": torch.cuda.get_device_name() if device.startswith("cuda") else None,
+        "precision": precision,
+        "git": _revision(),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+    }
+
+
+def network_digest(net: nn.Module) -> str:
+    """A digest of a module's structure and weights."""
+    digest = hashlib.sha256(repr(net).encode())
+    for name, value in net.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def file_digest(path: Path, where: str) -> str:
+    """The SHA-256 of a file's content."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"{where}: cannot read {path}: {error.strerror or error}") from error
+
+
+def _part(part: Part) -> list[Any]:
+    return [part.entry.component.name, plain_options(part.options)]
+
+
+def _model(spec: ModelSpec, fields: Iterable[str], need: str | None) -> dict[str, Any]:
+    checkpoint = spec.engine.checkpoint
+    weights = file_digest(Path(checkpoint), f"{spec.where}.checkpoint") if checkpoint is not None else None
+    return {
+        "component": [spec.entry.component.name, plain_options(spec.options)],
+        "input": spec.engine.input,
+        "taps": {name: tap for name, tap in spec.engine.taps.items() if name in fields},
+        "trainable": spec.engine.trainable,
+        "weights": [weights, need],
+    }
+
+
+def _node(node: NodeSpec) -> dict[str, Any]:
+    return {
+        "component": [node.entry.component.name, plain_options(node.options)],
+        "inputs": dict(node.inputs),
+        "knobs": {name: _knob(knob) for name, knob in node.knobs.items()},
+        "borrows": dict(node.borrows),
+    }
+
+
+def _knob(knob: Any) -> Any:
+    return [knob.name, plain_options(knob.config)] if isinstance(knob, Schedule) else knob
+
+
+def _versions(names: Iterable[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _revision() -> str | None:
+    """The commit of the working folder, with a plus sign where files differ from it; None outside of a repository."""
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
+        state = subprocess.run(
+            ["git", "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=5, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return None if head.returncode else head.stdout.strip() + ("+" if state.stdout.strip() else "")

@@ -1,0 +1,276 @@
+"""The one training loop, and evaluation.
+
+    batch -> Teachers -> Learner -> backward -> update -> report        (then, by the clock: evaluate, save)
+
+Nothing between a batch and its report waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdx.calls import Key
+from kdx.components import Dataset, Metric, Updater
+from kdx.data import Loader, Splits, View, in_order
+from kdx.modules import Average, Knobs, Learner, Teachers, overrides
+from kdx.optim import make_optimizer
+from kdx.plan import Plan
+from kdx.randomness import Randomness
+from kdx.runtime import Runtime
+from kdx.spec import Part, RunSpec
+from kdx.taps import Tapped
+from kdx.types import Batch, Clock, EvalReport, StepReport
+
+Watch = Callable[[Any], None]
+
+
+@dataclass
+class Session:
+    """A plan made ready to train: its modules on the device, its data, and how far it has come."""
+
+    spec: RunSpec
+    plan: Plan
+    dataset: Dataset
+    splits: Splits
+    runtime: Runtime
+    teachers: Teachers
+    learner: Learner
+    knobs: Knobs
+    updater: Updater
+    loader: Loader
+    average: Average | None
+    steps: int
+    steps_per_epoch: int
+    step: int = 0
+    best: dict[str, Any] | None = None
+    last: dict[str, Any] | None = None
+
+    @property
+    def clock(self) -> Clock:
+        return Clock(self.step, self.steps_per_epoch, self.steps)
+
+    @property
+    def student(self) -> Tapped:
+        """The student that is evaluated and kept: the averaged one where there is one."""
+        return self.average.model if self.average is not None else self.learner.student
+
+    def schedule(self) -> float:
+        """The learning rate of the update that the clock is at."""
+        return self.spec.lr if isinstance(self.spec.lr, float) else self.spec.lr.at(self.clock)
+
+
+@dataclass(frozen=True)
+class Watchers:
+    """Who looks on: each a callable made once. `save` is called when the state is worth keeping."""
+
+    step_end: Watch
+    eval_end: Watch
+    improved: Callable[[Session], None]
+    save: Callable[[Session], None]
+    stop: Callable[[], bool] = field(default=lambda: False)
+
+
+def make_session(spec: RunSpec, plan: Plan, dataset: Dataset, splits: Splits, runtime: Runtime) -> Session:
+    """Modules on the device, optimizer, loader: all that can be made before the first step."""
+    options = spec.train
+    teachers, learner = Teachers(plan), Learner(plan)
+    runtime.place(teachers)
+    runtime.place(learner)
+    optimizer = make_optimizer(
+        learner.named_parameters(), options.optimizer, lr=0.0, weight_decay=options.weight_decay, device=runtime.device
+    )
+    runtime.prepare(learner, optimizer, options.clip)
+    loader = Loader(splits.train, options.batch, spec.root.seed, spec.runtime.workers)
+    steps_per_epoch, steps = length(spec, len(splits.train))
+    updater: Updater = spec.updater.entry.component(spec.updater.options)
+    average = Average(learner.student, options.ema) if options.ema is not None else None
+    knobs = Knobs(plan, runtime.device)
+    return Session(
+        spec, plan, dataset, splits, runtime, teachers, learner, knobs, updater, loader, average, steps, steps_per_epoch
+    )  # fmt: skip
+
+
+def length(spec: RunSpec, samples: int) -> tuple[int, int]:
+    """Updates in an epoch and in the whole training, for this many training samples."""
+    options = spec.train
+    steps_per_epoch = options.steps_per_epoch or max(1, samples // options.batch)
+    return steps_per_epoch, options.updates or max(1, round((options.epochs or 0) * steps_per_epoch))
+
+
+def train(session: Session, watchers: Watchers) -> None:
+    """Train from where the session stands to its end, or until `watchers.stop` says so."""
+    if session.step == 0:
+        calibrate(session)
+    session.learner.train()
+    changers = [node for node in session.learner.nodes.values() if overrides(node, "after_update")]  # type: ignore[arg-type]
+    for batch in batches(session):
+        clock = session.clock
+        knobs = session.knobs.at(clock)
+        lr = set_lr(session)
+        terms, moved = step(session, batch, knobs)
+        session.step += 1
+        if session.average is not None:
+            session.average.update(session.clock)
+        for node in changers:
+            with torch.no_grad():
+                node.after_update(session.clock)  # type: ignore[operator]
+        moved |= {key: knobs[key] for key in session.knobs.moving}
+        watchers.step_end(StepReport(session.clock, lr, terms, moved, len(batch["index"])))
+        if _epoch_is_due(session, session.spec.train.evaluate):
+            validate(session, watchers)
+            session.learner.train()
+        if _epoch_is_due(session, session.spec.train.save) or session.step == session.steps or watchers.stop():
+            watchers.save(session)
+            if watchers.stop():
+                return
+
+
+def batches(session: Session) -> Iterator[Batch]:
+    """The batches that are still to come, on the device, augmented. Each pass over the samples is a view of its own."""
+    per_pass = session.loader.steps_per_epoch
+    while session.step < session.steps:
+        view, start = divmod(session.step, per_pass)
+        source = iter(session.loader.epoch(view + 1, start))
+        while session.step < min(session.steps, (view + 1) * per_pass):
+            with session.runtime.stopwatch.phase("data"):
+                batch = session.runtime.move(next(source))
+                batch = session.dataset.on_device(batch, Randomness(session.spec.root.seed, view, batch["index"]))
+            yield batch
+
+
+def step(session: Session, batch: Batch, knobs: Mapping[Key, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """One update. Returns the terms, `total` among them, and the knobs read from nodes, as means over the batch."""
+    runtime, accumulate = session.runtime, session.spec.train.accumulate
+    terms: dict[str, Tensor] = {}
+    moved: dict[str, Tensor] = {}
+    parts = [batch] if accumulate == 1 else split(batch, accumulate)
+    size = len(batch["index"])
+    for part in parts:
+        share = len(part["index"]) / size
+        with runtime.stopwatch.phase("teachers"), runtime.autocast():
+            kept = session.teachers(part, knobs)
+        with runtime.stopwatch.phase("student"):
+            with runtime.autocast():
+                losses = session.learner(part, kept, knobs)
+            session.updater.backward(losses, share, runtime)
+        add_means(terms, {"total": losses.total.detach(), **losses.terms}, share)
+        add_means(moved, losses.knobs, share)
+    with runtime.stopwatch.phase("student"):
+        session.updater.step(runtime)
+    return terms, moved
+
+
+def add_means(sums: dict[str, Tensor], values: Mapping[str, Tensor], share: float) -> None:
+    """Add each value's mean, times its share of the batch, to the sums."""
+    for name, value in values.items():
+        mean = value.mean() if value.ndim else value
+        sums[name] = mean if share == 1 else sums.get(name, 0.0) + mean * share
+
+
+def split(batch: Batch, count: int) -> list[Batch]:
+    """A batch in `count` parts of nearly equal size."""
+    chunks = {name: value.chunk(count) for name, value in batch.items()}
+    return [{name: part[i] for name, part in chunks.items()} for i in range(len(chunks["index"]))]
+
+
+def set_lr(session: Session) -> float:
+    """Set the learning rate of the coming update."""
+    lr = session.schedule()
+    for group in session.runtime.optimizer.param_groups:
+        group["lr"] = lr
+    return lr
+
+
+def calibrate(session: Session) -> None:
+    """Show some batches to the nodes that want to see data before training."""
+    nodes = [*session.teachers.nodes.values(), *session.learner.nodes.values()]
+    if not any(overrides(node, "calibrate") for node in nodes):  # type: ignore[arg-type]
+        return
+    source = session.loader.epoch(1, 0)
+    for _, batch in zip(range(session.spec.train.calibration), source, strict=False):
+        batch = session.dataset.on_device(session.runtime.move(batch), None)
+        knobs = session.knobs.at(session.clock)
+        with torch.no_grad(), session.runtime.autocast():
+            kept = session.teachers(batch, knobs)
+            session.learner.calibrate(batch, kept, knobs)
+
+
+def validate(session: Session, watchers: Watchers) -> None:
+    """Evaluate the student on the validation split and remember whether it is the best so far."""
+    options, clock = session.spec.train, session.clock
+    metrics: dict[str, float] = {}
+    if session.splits.val is not None:
+        metrics = evaluate(session, session.splits.val, session.student.predict).numbers
+    found = {"epoch": _finished_epoch(clock), "step": clock.step, "val": metrics}
+    session.last = found
+    score, old = metrics.get(options.monitor), (session.best or {}).get("val", {}).get(options.monitor)
+    sign = -1.0 if options.minimise else 1.0
+    better = score is None or old is None or sign * score > sign * old
+    if better:
+        session.best = found
+        watchers.improved(session)
+    if metrics:
+        watchers.eval_end(EvalReport(clock, "val", "student", metrics, better))
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The numbers of all metrics, and the metrics themselves for what they keep besides."""
+
+    numbers: dict[str, float]
+    metrics: tuple[Metric, ...]
+
+
+@torch.no_grad()
+def evaluate(session: Session, view: View, answer: Callable[[Batch], Tensor]) -> Evaluation:
+    """Every metric of the config for the logits that `answer` gives on a split."""
+    metrics = tuple(make_metric(part, session) for part in session.spec.metrics)
+    with session.runtime.stopwatch.phase("evaluation"), evaluating(session.learner):
+        for batch in in_order(view, session.spec.runtime.eval_batch, session.spec.runtime.workers):
+            batch = session.dataset.on_device(session.runtime.move(batch), None)
+            with session.runtime.autocast():
+                values = {"student.logits": answer(batch).float()}
+            values |= {f"batch.{name}": value for name, value in batch.items()}
+            for metric in metrics:
+                metric.update(**{name: values[key] for name, key in metric.inputs.items()})
+        numbers: dict[str, float] = {}
+        for metric in metrics:
+            numbers |= metric.compute()
+    return Evaluation(numbers, metrics)
+
+
+class evaluating:  # noqa: N801  (a context manager, used as a verb)
+    """Evaluation mode for a module within the block."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._module = module
+
+    def __enter__(self) -> None:
+        self._was = self._module.training
+        self._module.eval()
+
+    def __exit__(self, *error: object) -> None:
+        self._module.train(self._was)
+
+
+def make_metric(part: Part, session: Session) -> Metric:
+    """A fresh metric on the device."""
+    metric: Metric = part.entry.component(part.options, session.plan.facts, session.runtime.device)
+    return metric
+
+
+def _epoch_is_due(session: Session, every: int) -> bool:
+    """Whether an epoch that counts has just ended; the end of training counts always."""
+    per_epoch = session.steps_per_epoch
+    if session.step == session.steps:
+        return True
+    return session.step % per_epoch == 0 and (session.step // per_epoch) % every == 0
+
+
+def _finished_epoch(clock: Clock) -> int:
+    return -(-clock.step // clock.steps_per_epoch)

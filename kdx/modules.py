@@ -1,0 +1,163 @@
+"""What a step is made of: `Teachers` (frozen), `Learner` (all that has a gradient) and `Knobs` (numbers that move)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from kdx.calls import Call, Key, ModelCall, NodeCall, Values, execute, weighted
+from kdx.components import Node, Schedule
+from kdx.plan import Plan
+from kdx.taps import Tapped
+from kdx.types import Batch, Clock, Losses
+
+
+class Knobs:
+    """The constants and schedules of a plan, as 0-d tensors on the device by config path.
+
+    One small tensor is made when a value changes, and read as views; a compiled step never sees a Python number.
+    """
+
+    def __init__(self, plan: Plan, device: torch.device) -> None:
+        self._knobs = plan.knobs
+        self._device = device
+        self._numbers: list[float] = []
+        self._views: dict[Key, Tensor] = {}
+        self.moving = tuple(key for key, knob in plan.knobs.items() if isinstance(knob, Schedule))
+
+    def at(self, clock: Clock) -> dict[Key, Tensor]:
+        """The value of every knob during the update that the clock is at."""
+        if self._views and not self.moving:
+            return self._views
+        numbers = [knob if isinstance(knob, float) else knob.at(clock) for knob in self._knobs.values()]
+        if numbers != self._numbers:
+            self._numbers = numbers
+            whole = torch.tensor(numbers, dtype=torch.float32)
+            whole = whole.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else whole
+            self._views = dict(zip(self._knobs, whole.to(self._device).unbind(), strict=True))
+        return self._views
+
+
+class Teachers(nn.Module):
+    """The frozen side. Gives the tensors that the learner reads, without gradient."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__()
+        self._calls: tuple[Call, ...] = plan.teacher_calls
+        self._kept = plan.kept
+        self.models = nn.ModuleDict(_models(plan.teacher_calls))
+        self.nodes = nn.ModuleDict(_nodes(plan.teacher_calls))
+        super().train(False)
+
+    def train(self, mode: bool = True) -> Self:
+        """Ignored: nothing puts a frozen teacher into training mode by accident."""
+        return self
+
+    @torch.no_grad()
+    def forward(self, batch: Batch, knobs: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
+        """The kept tensors for a batch."""
+        if not self._calls:
+            return {}
+        values = _start(batch, knobs)
+        execute(self._calls, values)
+        return {key: values[key] for key in self._kept}
+
+
+class Learner(nn.Module):
+    """The side that learns: the student, trainable peers, aligners and losses with their parameters.
+
+    One module, so that the optimizer, a process group, `compile` and the checkpoint each see one object.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__()
+        self._calls = plan.learner_calls
+        self._losses = plan.loss_calls
+        self._knobs = {
+            f"{call.where}.{name}": key
+            for call in plan.loss_calls
+            for name, key in (*((name, call.arguments[name]) for name in call.module.knobs), ("weight", call.weight))
+            if isinstance(key, str) and key not in plan.knobs
+        }
+        self.models = nn.ModuleDict(_models(plan.learner_calls))
+        self.nodes = nn.ModuleDict(_nodes((*plan.learner_calls, *plan.loss_calls)))
+
+    @property
+    def student(self) -> Tapped:
+        student = self.models["model/student"]
+        assert isinstance(student, Tapped)
+        return student
+
+    def forward(self, batch: Batch, kept: Mapping[Key, Tensor], knobs: Mapping[Key, Tensor]) -> Losses:
+        """The terms for a batch, computed in float32 whatever the precision of the networks."""
+        values = _start(batch, knobs)
+        values.update(kept)
+        execute(self._calls, values)
+        with torch.autocast(next(iter(batch.values())).device.type, enabled=False):
+            execute(self._losses, values)
+            total = weighted(self._losses, values)
+        terms = {call.name.removeprefix("losses."): values[call.gives[0]].detach() for call in self._losses}
+        return Losses(total, terms, {name: values[key].detach() for name, key in self._knobs.items()})
+
+    def calibrate(self, batch: Batch, kept: Mapping[Key, Tensor], knobs: Mapping[Key, Tensor]) -> None:
+        """Hand one batch to the nodes that want to see data before training."""
+        values = _start(batch, knobs)
+        values.update(kept)
+        for call in (*self._calls, *self._losses):
+            if isinstance(call, NodeCall) and overrides(call.module, "calibrate"):
+                call.module.calibrate(**call.inputs(values))
+            call.run(values)
+
+
+class Average:
+    """An exponential moving average of the student: `average <- decay * average + (1 - decay) * student`.
+
+    Buffers (batch statistics) are copied. The decay rises with the number of updates, `min(decay, (1+n)/(10+n))`, so
+    that the first weights are soon forgotten.
+    """
+
+    def __init__(self, student: Tapped, decay: float) -> None:
+        self.model = copy.deepcopy(student).requires_grad_(False).eval()
+        self._decay = decay
+        self._source: list[Tensor] = [*student.parameters()]
+        self._average: list[Tensor] = [*self.model.parameters()]
+        self._buffers = list(zip(self.model.buffers(), student.buffers(), strict=True))
+
+    @torch.no_grad()
+    def update(self, clock: Clock) -> None:
+        """Take in the student's weights after an update."""
+        decay = min(self._decay, (1 + clock.step) / (10 + clock.step))
+        torch._foreach_lerp_(self._average, self._source, 1 - decay)
+        for mine, theirs in self._buffers:
+            mine.copy_(theirs)
+
+
+def overrides(node: Node, method: str) -> bool:
+    """Whether a node brings its own version of an optional method."""
+    return getattr(type(node), method) is not getattr(Node, method)
+
+
+def generators(plan: Plan) -> dict[str, torch.Generator]:
+    """The random generator of every node, by the node's name."""
+    return {call.name: call.module.given.generator for call in plan.calls if isinstance(call, NodeCall)}
+
+
+def _models(calls: tuple[Call, ...]) -> dict[str, nn.Module]:
+    """Keyed with a slash: a name alone might be that of an attribute of `ModuleDict`."""
+    return {f"model/{call.name}": call.module for call in calls if isinstance(call, ModelCall)}
+
+
+def _nodes(calls: tuple[Call, ...]) -> dict[str, nn.Module]:
+    return {
+        f"{call.kind}/{call.name.removeprefix('losses.')}": call.module for call in calls if isinstance(call, NodeCall)
+    }
+
+
+def _start(batch: Batch, knobs: Mapping[Key, Tensor]) -> Values:
+    values: Values = {f"batch.{name}": tensor for name, tensor in batch.items()}
+    values.update(knobs)
+    return values

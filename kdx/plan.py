@@ -1,0 +1,333 @@
+"""Compiles a spec: which calls, in which order, on which side. `make_plan` reads from top to bottom."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdx.calls import Borrowed, Call, Key, ModelCall, NodeCall, Values, find_part
+from kdx.components import Given, Knob, Loss, Model, Network, Node, Schedule
+from kdx.errors import KdxError, PlanError
+from kdx.randomness import derive_seed
+from kdx.reach import Reach, reach
+from kdx.spec import ModelSpec, NodeSpec, RunSpec
+from kdx.taps import LOGITS, Tapped, read_taps
+from kdx.types import Batch, Clock, DataFacts, Shape
+
+Ready = Callable[[ModelSpec, Network], None]
+"""Called with each network when it is built: puts weights into it. Without it nothing is fetched or loaded."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The compiled run.
+
+    `teacher_calls` run without gradient and hand over the tensors `kept`; `learner_calls` and `loss_calls` have a
+    gradient. `knobs` are all constants and schedules; `shapes` are per sample, by key. `notes` say in words what was
+    chosen, `unused` which parts of the config no loss needs.
+    """
+
+    spec: RunSpec
+    facts: DataFacts
+    student: Tapped
+    teacher_calls: tuple[Call, ...]
+    learner_calls: tuple[Call, ...]
+    loss_calls: tuple[NodeCall, ...]
+    kept: tuple[Key, ...]
+    knobs: Mapping[Key, float | Schedule]
+    shapes: Mapping[Key, Shape]
+    unused: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def calls(self) -> tuple[Call, ...]:
+        return (*self.teacher_calls, *self.learner_calls, *self.loss_calls)
+
+    @property
+    def teachers(self) -> dict[str, Tapped]:
+        """The frozen teachers that are run, by name."""
+        return {call.name: call.module for call in self.teacher_calls if isinstance(call, ModelCall)}
+
+
+def make_plan(
+    spec: RunSpec,
+    facts: DataFacts,
+    sample: Batch,
+    *,
+    device: torch.device | None = None,
+    ready: Ready | None = None,
+    networks: Mapping[str, nn.Module] | None = None,
+) -> Plan:
+    """Reach, wire, probe, build, split.
+
+    `sample` holds at least two samples as they come from `Dataset.on_device`. `networks` are modules that stand in
+    for model sections. Raises `PlanError` where parts do not fit, naming path, shapes and component.
+    """
+    device = device or torch.device("cpu")
+    sample = {name: value[:2].to(device) for name, value in sample.items()}
+    reached = reach(spec, facts)
+    models = {
+        name: _build_model(spec.models[name], facts, spec.root.seed, networks or {}, ready).to(device)
+        for name in reached.models
+    }
+    values: Values = {f"batch.{name}": value for name, value in sample.items()}
+    knobs = _knob_values(reached, device, values)
+    shapes: dict[Key, Shape] = {key: _shape(value) for key, value in values.items()}
+    calls: list[Call] = []
+    tapped: dict[str, Tapped] = {}
+    for item in reached.order:
+        call = (
+            _model_call(spec.models[item], models[item], reached.fields[item])
+            if item in spec.models
+            else _node_call(item, reached, facts, spec.root.seed, shapes, models, device)
+        )
+        if isinstance(call, ModelCall):
+            tapped[item] = call.module
+        _probe(call, values, shapes)
+        calls.append(call)
+    student = tapped.get("student")
+    if student is None:
+        raise PlanError("losses: none of them reads the student, so nothing would be learnt")
+    _check_student(shapes, facts)
+    losses = tuple(call for call in calls if isinstance(call, NodeCall) and call.kind == "losses")
+    teacher_side = _teacher_side(spec, calls)
+    teacher_calls = tuple(call for call in calls if call.name in teacher_side and call not in losses)
+    learner_calls = tuple(call for call in calls if call not in teacher_calls and call not in losses)
+    made = {key for call in teacher_calls for key in call.gives}
+    kept = dict.fromkeys(key for call in (*learner_calls, *losses) for key in call.reads if key in made)
+    return Plan(
+        spec, facts, student, teacher_calls, learner_calls, losses, tuple(kept), knobs, shapes, reached.unused,
+        tuple(_notes(calls, teacher_side)),
+    )  # fmt: skip
+
+
+def _build_model(
+    spec: ModelSpec, facts: DataFacts, seed: int, networks: Mapping[str, nn.Module], ready: Ready | None
+) -> Network:
+    """A network whose first weights depend on the seed and its role alone."""
+    streams = _streams(spec, facts)
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        torch.manual_seed(derive_seed(seed, "model", spec.name))
+        if spec.name in networks:
+            own = networks[spec.name]
+            network = own if isinstance(own, Network) else Network(own, streams)
+        else:
+            try:
+                model: Model = spec.entry.component(spec.options, facts, streams)
+                filled = ready is None or spec.engine.run is not None or spec.engine.checkpoint is not None
+                network = model.skeleton() if filled else model.build()
+            except KdxError as error:
+                raise type(error)(f"{spec.where}: {error}") from error
+            except Exception as error:
+                raise PlanError(f"{spec.where}: {spec.entry.component.name} could not be built: {error}") from error
+    if not isinstance(network, Network):
+        raise PlanError(
+            f"{spec.where}: {spec.entry.component.name} (plugin {spec.entry.plugin.name}) built a "
+            f"{type(network).__name__}, expected a kdx.Network"
+        )
+    if ready is not None:
+        ready(spec, network)
+    if spec.frozen:
+        network.requires_grad_(False).eval()
+    return network
+
+
+def _streams(spec: ModelSpec, facts: DataFacts) -> tuple[str, ...]:
+    """The streams that a model reads: those that it names, else the only one that is no label."""
+    named = spec.engine.input
+    if named is None:
+        choices = [name for name, stream in facts.streams.items() if stream.kind not in ("label", "mask")]
+        if len(choices) != 1:
+            raise PlanError(f"{spec.where}.input: the data has {', '.join(choices)}; say which of them the model reads")
+        return (choices[0],)
+    return (named,) if isinstance(named, str) else tuple(named)
+
+
+def _model_call(spec: ModelSpec, network: Network, wanted: tuple[str, ...]) -> ModelCall:
+    tapped = Tapped(network, wanted, read_taps(spec.engine.taps, f"{spec.where}.taps"), spec.where)
+    tapped.train(not spec.frozen)
+    streams = tuple(f"batch.{stream}" for stream in network.streams)
+    return ModelCall(spec.name, spec.where, tapped, streams, tuple(f"{spec.name}.{field}" for field in wanted))
+
+
+def _node_call(
+    item: str,
+    reached: Reach,
+    facts: DataFacts,
+    seed: int,
+    shapes: Mapping[Key, Shape],
+    models: Mapping[str, Network],
+    device: torch.device,
+) -> NodeCall:
+    node = reached.nodes[item]
+    component: type[Node] = node.entry.component
+    arguments = reached.arguments[item]
+    inputs = {name: arguments[name] for name in component.inputs}
+    given = Given(
+        {name: _shapes_of(key, shapes) for name, key in inputs.items() if key is not None},
+        facts,
+        torch.Generator(device=device).manual_seed(derive_seed(seed, "generator", item)),
+    )
+    label = f"{node.where} ({component.name}, plugin {node.entry.plugin.name})"
+    _check_same_shape(node, given)
+    with torch.random.fork_rng():
+        torch.manual_seed(derive_seed(seed, "node", item))
+        try:
+            module = component(node.options, given).to(device)
+        except KdxError as error:
+            raise type(error)(f"{node.where}: {error}") from error
+        except Exception as error:
+            raise PlanError(f"{label} could not be built from {_listed(inputs, shapes)}: {error}") from error
+    parts = {
+        name: Borrowed(find_part(models[model].net, path, f"{node.where}.borrows.{name}"))
+        for name, (model, path) in reached.borrowed[item].items()
+    }
+    kind = node.where.partition(".")[0]
+    hidden = {"weight"} | ({"like"} if kind == "align" else set())  # an aligner needs only the shape of `like`
+    passed = {name: key for name, key in arguments.items() if name not in hidden}
+    weight = str(arguments["weight"]) if kind == "losses" else ""
+    gives = (item,) if kind == "losses" else tuple(f"{item}.{field}" for field in component.outputs)
+    return NodeCall(item, kind, node.where, module, passed, gives, parts, weight, label)
+
+
+def _check_same_shape(node: NodeSpec, given: Given) -> None:
+    for group in node.entry.component.same_shape:
+        found = {name: given.shapes[name] for name in group if name in given.shapes}
+        if len(set(map(str, found.values()))) > 1:
+            listing = ", ".join(f"{node.inputs[name]} {list(shape)}" for name, shape in found.items())
+            classes = all(len(shape) == 1 for shape in found.values()) and any(
+                str(node.inputs[name]).endswith(LOGITS) for name in found
+            )
+            advice = "the models tell different numbers of classes apart" if classes else "put an aligner between them"
+            raise PlanError(f"{node.where}: {node.entry.component.name} needs equal shapes but got {listing}; {advice}")
+
+
+def _probe(call: Call, values: Values, shapes: dict[Key, Shape]) -> None:
+    """Run a call on two samples without leaving a trace, and note the shapes of what it gives."""
+    generator = call.module.given.generator if isinstance(call, NodeCall) else None
+    with without_trace(call.module, generator), torch.no_grad():
+        try:
+            if isinstance(call, ModelCall):
+                call.module.protect({key.removeprefix("batch."): values[key] for key in call.streams})
+            call.run(values)
+        except KdxError as error:
+            raise type(error)(f"{call.where}: {error}") from error
+        except Exception as error:
+            listing = ", ".join(f"{key} {list(shapes[key])}" for key in call.reads if key in shapes)
+            label = call.label if isinstance(call, NodeCall) else call.where
+            raise PlanError(f"{label} does not run on {listing}: {type(error).__name__}: {error}") from error
+    for key in call.gives:
+        if key not in values:
+            raise PlanError(f"{call.where}: its forward gave no {key.rpartition('.')[2]!r}, which it declares")
+        value = values[key]
+        if not isinstance(value, Tensor) or (value.ndim and value.shape[0] != 2):
+            found = f"shape {list(value.shape)} for 2 samples" if isinstance(value, Tensor) else type(value).__name__
+            raise PlanError(f"{call.where}: {key} has {found}; expected a 0-d tensor or one with the batch axis first")
+        shapes[key] = _shape(value)
+    if isinstance(call, NodeCall):
+        _check_result(call, shapes)
+
+
+def _check_result(call: NodeCall, shapes: Mapping[Key, Shape]) -> None:
+    if isinstance(call.module, Loss) and shapes[call.gives[0]] != ():
+        raise PlanError(
+            f"{call.label}: its term has shape {list(shapes[call.gives[0]])} per sample; expected one value per sample "
+            "or the mean over the batch"
+        )
+    if call.kind == "align":
+        like = call.module.given.shapes["like"]
+        if shapes[call.gives[0]] != like:
+            raise PlanError(
+                f"{call.label}: gives {list(shapes[call.gives[0]])}, expected the shape of like {list(like)}"
+            )
+    for name in call.module.knobs:
+        key = call.arguments[name]
+        if isinstance(key, str) and shapes.get(key, ()) != ():
+            raise PlanError(
+                f"{call.where}.{name}: {key} has shape {list(shapes[key])} per sample; a knob is one number"
+            )
+    if call.weight and shapes.get(call.weight, ()) != ():
+        raise PlanError(
+            f"{call.where}.weight: {call.weight} has shape {list(shapes[call.weight])}; a knob is one number"
+        )
+
+
+@contextmanager
+def without_trace(module: nn.Module, generator: torch.Generator | None = None) -> Iterator[None]:
+    """Put the module's buffers, the random state and a generator back afterwards."""
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    state = generator.get_state() if generator is not None else None
+    with torch.random.fork_rng():
+        yield
+    with torch.no_grad():
+        for name, buffer in module.named_buffers():
+            if name in buffers and buffers[name].shape == buffer.shape:
+                buffer.copy_(buffers[name])
+    if generator is not None and state is not None:
+        generator.set_state(state)
+
+
+def _knob_values(reached: Reach, device: torch.device, values: Values) -> dict[Key, float | Schedule]:
+    knobs: dict[Key, float | Schedule] = {}
+    start = Clock(0, 1, 1)
+    for node in reached.nodes.values():
+        for name, knob in node.knobs.items():
+            if isinstance(knob, str):
+                continue
+            key = f"{node.where}.{name}"
+            knobs[key] = knob
+            number = knob if isinstance(knob, float) else knob.at(start)
+            spec = node.entry.component.knobs.get(name, Knob(1.0))
+            if not isinstance(knob, float) and (problem := spec.problem(number)) and number != 0:
+                raise PlanError(f"{key}: the schedule starts at {number:g}; it {problem}")
+            values[key] = torch.tensor(number, device=device)
+    return knobs
+
+
+def _teacher_side(spec: RunSpec, calls: list[Call]) -> set[str]:
+    """The calls that read nothing with a gradient and have no parameters."""
+    side: set[str] = set()
+    made: dict[Key, str] = {key: call.name for call in calls for key in call.gives}
+    for call in calls:
+        if isinstance(call, ModelCall):
+            if spec.models[call.name].frozen:
+                side.add(call.name)
+        elif all(made[key] in side for key in call.reads if key in made) and not any(
+            True for _ in call.module.parameters()
+        ):
+            side.add(call.name)
+    return side
+
+
+def _check_student(shapes: Mapping[Key, Shape], facts: DataFacts) -> None:
+    found = shapes.get(f"student.{LOGITS}")
+    if facts.classes and found is not None and found != (len(facts.classes),):
+        raise PlanError(f"student: its logits have shape {list(found)}, but the data has {len(facts.classes)} classes")
+
+
+def _notes(calls: list[Call], teacher_side: set[str]) -> Iterator[str]:
+    for call in calls:
+        if isinstance(call, ModelCall) and call.name in teacher_side and call.module.stops_early:
+            yield f"{call.where} stops early: nothing after {', '.join(call.module.wanted)} is asked of it"
+        describe = getattr(call.module, "describe", None)
+        if isinstance(call, NodeCall) and describe is not None:
+            yield f"{call.where}: {describe()}"
+
+
+def _shape(value: Tensor) -> Shape:
+    return tuple(value.shape[1:])
+
+
+def _shapes_of(key: Any, shapes: Mapping[Key, Shape]) -> Any:
+    return [shapes[one] for one in key] if isinstance(key, tuple) else shapes[key]
+
+
+def _listed(inputs: Mapping[str, Any], shapes: Mapping[Key, Shape]) -> str:
+    keys = [one for key in inputs.values() for one in (key if isinstance(key, tuple) else (key,)) if one]
+    return ", ".join(f"{key} {list(shapes[key])}" for key in keys)

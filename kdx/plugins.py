@@ -1,0 +1,273 @@
+"""Finds plugins and keeps what they supply: `Registry` maps (kind, name) to a component and its supplier."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, is_dataclass
+from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, packages_distributions, version
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pluggy
+
+from kdx import hookspecs
+from kdx.components import Aligner, Component, Dataset, Loss, Metric, Model, Node, Schedule, Target, Updater
+from kdx.errors import PluginError, did_you_mean
+
+KINDS: Mapping[str, type[Component]] = {
+    "datasets": Dataset,
+    "models": Model,
+    "targets": Target,
+    "aligners": Aligner,
+    "losses": Loss,
+    "schedules": Schedule,
+    "metrics": Metric,
+    "updaters": Updater,
+}
+RUN_HOOKS = ("kdx_plan_ready", "kdx_run_start", "kdx_step_end", "kdx_eval_end", "kdx_run_end")
+BUILTIN = "kdx.builtin"
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """Where components come from. `digest` identifies the code: a version for packages, a hash for files."""
+
+    name: str
+    origin: str
+    digest: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One component and the plugin that supplies it."""
+
+    kind: str
+    component: type[Any]
+    plugin: Plugin
+
+
+@dataclass(frozen=True)
+class Registry:
+    """What exists for one run: a value, made by `discover`, never changed and never global."""
+
+    entries: Mapping[tuple[str, str], Entry]
+    plugins: tuple[Plugin, ...]
+    failures: Mapping[str, str] = field(default_factory=dict)
+    manager: pluggy.PluginManager = field(default_factory=lambda: pluggy.PluginManager("kdx"), repr=False)
+
+    def names(self, kind: str) -> list[str]:
+        """The names of all components of one kind."""
+        return sorted(name for at, name in self.entries if at == kind)
+
+    def find(self, kind: str, name: str, where: str) -> Entry:
+        """The component `name`, or a `PluginError` that starts with the config path `where`."""
+        entry = self.entries.get((kind, name))
+        if entry is not None:
+            return entry
+        message = f"{where}: no {kind} component is named {name!r}; {did_you_mean(name, self.names(kind))}"
+        for at, known in self.entries:
+            if known == name:
+                message += f". {name!r} exists among the {at}"
+        for plugin, problem in self.failures.items():
+            message += f"\nplugin {plugin} could not be loaded: {problem}"
+        raise PluginError(message)
+
+    def watch(self, hook: str) -> tuple[tuple[str, Callable[[Any], object]], ...]:
+        """The implementations of a run-time hook in order of registration, each with its plugin's name."""
+        implementations = getattr(self.manager.hook, hook).get_hookimpls()
+        return tuple((implementation.plugin_name, implementation.function) for implementation in implementations)
+
+
+def compile_hook(registry: Registry, hook: str) -> Callable[[Any], None]:
+    """One callable for all implementations of a run-time hook; an error names the plugin that raised it."""
+    watchers = registry.watch(hook)
+
+    def call(argument: Any) -> None:
+        for name, function in watchers:
+            try:
+                function(argument)
+            except Exception as error:
+                error.add_note(f"in {hook} of plugin {name}")
+                raise
+
+    return call
+
+
+def discover(files: Sequence[str] = (), *, folder: Path = Path(), installed: bool = True) -> Registry:
+    """Register built-ins, installed plugins (entry-point group `kdx`), and the files and modules that a config names.
+
+    A path ends in `.py` and is relative to `folder`. A broken installed plugin is kept as a failure and shown when
+    something is not found; a broken one that the config names raises `PluginError`.
+    """
+    manager = pluggy.PluginManager("kdx")
+    manager.add_hookspecs(hookspecs)
+    entries: dict[tuple[str, str], Entry] = {}
+    plugins: list[Plugin] = []
+    failures: dict[str, str] = {}
+
+    def add(module: ModuleType, plugin: Plugin) -> None:
+        if manager.is_registered(module):
+            return
+        _check_hooks(module, plugin)
+        found = _components(module, plugin)
+        for key in found.keys() & entries.keys():
+            first = entries[key].plugin
+            raise PluginError(
+                f"two plugins supply {key[0]} {key[1]!r}: {first.name} ({first.origin}) and "
+                f"{plugin.name} ({plugin.origin}); rename one of them"
+            )
+        manager.register(module, name=plugin.name)
+        entries.update(found)
+        plugins.append(plugin)
+
+    add(importlib.import_module(BUILTIN), Plugin(BUILTIN, "built in", _package_version("kdx")))
+    if installed:
+        for point in sorted(entry_points(group="kdx"), key=lambda point: point.name):
+            try:
+                add(*_load_entry_point(point))
+            except Exception as error:  # a stranger's plugin must not stop a run that does not need it
+                failures[point.name] = f"{type(error).__name__}: {error}"
+    for number, item in enumerate(files):
+        where = f"plugins[{number}]"
+        add(*(_load_file(folder / item, where) if item.endswith(".py") else _load_module(item, where)))
+    return Registry(entries, tuple(plugins), failures, manager)
+
+
+def check_component(kind: str, component: type[Any], plugin: Plugin) -> None:
+    """Raise `PluginError` unless a class keeps the contract that can be read off it."""
+
+    def refuse(problem: str) -> PluginError:
+        label = getattr(component, "__name__", repr(component))
+        return PluginError(f"plugin {plugin.name} ({plugin.origin}): {kind} component {label} {problem}")
+
+    base = KINDS[kind]
+    if not (inspect.isclass(component) and issubclass(component, base)):
+        raise refuse(f"is not a subclass of kdx.{base.__name__}")
+    if not component.name:
+        raise refuse('has no `name = "..."`')
+    if inspect.isabstract(component):
+        missing: frozenset[str] = getattr(component, "__abstractmethods__", frozenset())
+        raise refuse(f"does not define {', '.join(sorted(missing))}")
+    if not (is_dataclass(component.Config) and component.Config.__dataclass_params__.frozen):  # type: ignore[attr-defined]
+        raise refuse("needs a nested `Config` that is a frozen dataclass")
+    if issubclass(component, Node):
+        _check_forward(component, refuse)
+
+
+def _check_forward(component: type[Node], refuse: Callable[[str], PluginError]) -> None:
+    parameters = list(inspect.signature(component.forward).parameters.values())[1:]
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return
+    takes = {parameter.name for parameter in parameters}
+    declared = {*component.inputs, *component.knobs, *component.borrows}
+    if issubclass(component, Aligner):
+        declared -= {"like"}
+        takes -= {"like"}
+    if missing := sorted(declared - takes):
+        raise refuse(f"declares {', '.join(missing)}, which its forward does not take")
+    required = {parameter.name for parameter in parameters if parameter.default is parameter.empty}
+    if extra := sorted(required - declared):
+        raise refuse(f"has a forward that takes {', '.join(extra)}, which is no declared input, knob or borrowed part")
+
+
+def _check_hooks(module: ModuleType, plugin: Plugin) -> None:
+    known = {name for name in vars(hookspecs) if name.startswith("kdx_")}
+    hooks = 0
+    for name, value in vars(module).items():
+        if not name.startswith("kdx_") or not inspect.isfunction(value):
+            continue
+        where = f"plugin {plugin.name} ({plugin.origin}): {name}"
+        if name not in known:
+            raise PluginError(f"{where} is not a hook; {did_you_mean(name, known)}")
+        options = getattr(value, "kdx_impl", None)
+        if options is None:
+            raise PluginError(f"{where} is not decorated: did you forget @kdx.hookimpl?")
+        if any(options[key] for key in ("wrapper", "hookwrapper", "tryfirst", "trylast")):
+            raise PluginError(f"{where} is a wrapper or asks for a place in the order; kdx has neither")
+        expected = list(inspect.signature(getattr(hookspecs, name)).parameters)
+        found = list(inspect.signature(value).parameters)
+        if found != expected:
+            raise PluginError(f"{where} takes ({', '.join(found)}) but the hook gives ({', '.join(expected)})")
+        hooks += 1
+    if not hooks:
+        raise PluginError(
+            f"plugin {plugin.name} ({plugin.origin}) implements no hook; known: {', '.join(sorted(known))}"
+        )
+
+
+def _components(module: ModuleType, plugin: Plugin) -> dict[tuple[str, str], Entry]:
+    found: dict[tuple[str, str], Entry] = {}
+    for kind in KINDS:
+        hook = getattr(module, f"kdx_{kind}", None)
+        if hook is None:
+            continue
+        classes = hook()
+        if not isinstance(classes, Iterable):
+            raise PluginError(f"plugin {plugin.name} ({plugin.origin}): kdx_{kind} must return a list of classes")
+        for component in classes:
+            check_component(kind, component, plugin)
+            if (kind, component.name) in found:
+                raise PluginError(f"plugin {plugin.name} ({plugin.origin}) supplies {kind} {component.name!r} twice")
+            found[kind, component.name] = Entry(kind, component, plugin)
+    return found
+
+
+def _package_version(module: str) -> str:
+    top = module.split(".")[0]
+    for distribution in packages_distributions().get(top, [top]):
+        try:
+            return f"{distribution} {version(distribution)}"
+        except PackageNotFoundError:
+            continue
+    return f"{top} (not installed)"
+
+
+def _digest(path: Path) -> str:
+    return f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
+
+
+def _load_entry_point(point: EntryPoint) -> tuple[ModuleType, Plugin]:
+    module = point.load()
+    if not isinstance(module, ModuleType):
+        raise PluginError(f"entry point {point.name} = {point.value} is not a module")
+    origin = f"{point.dist.name} {point.dist.version}" if point.dist else point.value
+    return module, Plugin(point.name, origin, _file_digest(module))
+
+
+def _load_module(name: str, where: str) -> tuple[ModuleType, Plugin]:
+    try:
+        module = importlib.import_module(name)
+    except Exception as error:
+        raise PluginError(f"{where}: module {name!r} could not be imported: {type(error).__name__}: {error}") from error
+    return module, Plugin(name, _package_version(name), _file_digest(module))
+
+
+def _file_digest(module: ModuleType) -> str:
+    return _digest(Path(module.__file__)) if module.__file__ else _package_version(module.__name__)
+
+
+def _load_file(path: Path, where: str) -> tuple[ModuleType, Plugin]:
+    if not path.is_file():
+        raise PluginError(f"{where}: there is no file {path}")
+    digest = _digest(path)
+    name = f"kdx_file_{path.stem}_{digest[7:19]}"
+    plugin = Plugin(path.name, str(path), digest)
+    if name in sys.modules:
+        return sys.modules[name], plugin
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise PluginError(f"{where}: {path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # before it runs: dataclasses look their module up by name
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise PluginError(f"{where}: {path} could not be imported: {type(error).__name__}: {error}") from error
+    return module, plugin

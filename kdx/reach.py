@@ -1,0 +1,177 @@
+"""From the losses backwards to what they need: which models and nodes are live, in which order, reading what."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from kdx.calls import Key
+from kdx.errors import PlanError, did_you_mean
+from kdx.spec import NodeSpec, RunSpec
+from kdx.types import DataFacts
+
+
+@dataclass
+class Reach:
+    """What is live. `order` lists model names, node names and `losses.x` in dependence order; `fields` what is wanted
+    of each model; `arguments` the keys that each node reads, its knobs among them.
+    """
+
+    order: list[str] = field(default_factory=list)
+    models: list[str] = field(default_factory=list)
+    fields: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    nodes: dict[str, NodeSpec] = field(default_factory=dict)
+    arguments: dict[str, dict[str, Any]] = field(default_factory=dict)
+    borrowed: dict[str, dict[str, tuple[str, str]]] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
+
+
+def reach(spec: RunSpec, facts: DataFacts) -> Reach:
+    """Depth first from the losses. Refs are checked against all that is declared, also by parts that are not live.
+
+    Raises `PlanError` for a ref that names nothing and for a cycle, which it spells out.
+    """
+    resolver = Resolver(spec, facts)
+    arguments = {name: resolver.arguments(node) for name, node in spec.nodes.items()}
+    losses = {f"losses.{name}": node for name, node in spec.losses.items()}
+    arguments |= {name: resolver.arguments(node) for name, node in losses.items()}
+    borrowed = {name: resolver.borrowed(node) for name, node in {**spec.nodes, **losses}.items()}
+    everything = {**spec.nodes, **losses}
+    found = Reach()
+    wanted: dict[str, dict[str, None]] = {}
+    done: set[str] = set()
+
+    def visit(item: str, path: tuple[str, ...]) -> None:
+        if item in path:
+            circle = " -> ".join((*path[path.index(item) :], item))
+            raise PlanError(f"{everything[item].where}: the nodes read each other in a circle: {circle}")
+        if item in done:
+            return
+        for model, _ in borrowed[item].values():
+            wanted.setdefault(model, {})
+        for key in _keys(arguments[item]):
+            owner, _, name = key.partition(".")
+            if owner in spec.models:
+                if owner not in found.order:
+                    found.order.append(owner)
+                wanted.setdefault(owner, {})[name] = None
+            elif owner in spec.nodes:
+                visit(owner, (*path, item))
+        done.add(item)
+        found.order.append(item)
+        found.nodes[item] = everything[item]
+        found.arguments[item] = arguments[item]
+        found.borrowed[item] = borrowed[item]
+
+    for name in losses:
+        visit(name, ())
+    found.models = [name for name in spec.models if name in wanted]
+    found.fields = {name: tuple(fields) for name, fields in wanted.items()}
+    live = {*found.models, *found.nodes}
+    declared = {part.name: part.where for part in spec.teachers.values()}
+    declared |= {node.name: node.where for node in spec.nodes.values()}
+    found.unused = tuple(where for name, where in declared.items() if name not in live)
+    return found
+
+
+@dataclass(frozen=True)
+class Resolver:
+    """Turns refs into keys."""
+
+    spec: RunSpec
+    facts: DataFacts
+
+    def arguments(self, node: NodeSpec) -> dict[str, Any]:
+        """Each input and knob of a node -> key, tuple of keys, or None."""
+        resolved: dict[str, Any] = {}
+        for name, ref in node.inputs.items():
+            where = f"{node.where}.{name}" if name in ("source", "like") else f"{node.where}.inputs.{name}"
+            if isinstance(ref, tuple):
+                keys = [key for one in ref for key in self.keys(one, where)]
+                if not keys:
+                    raise PlanError(f"{where}: {', '.join(ref)} names no teacher, for there is none")
+                resolved[name] = tuple(dict.fromkeys(keys))
+            else:
+                resolved[name] = None if ref is None else self.key(ref, where)
+        for name, knob in node.knobs.items():
+            where = f"{node.where}.{name}"
+            resolved[name] = self.key(knob, where) if isinstance(knob, str) else where
+        return resolved
+
+    def borrowed(self, node: NodeSpec) -> dict[str, tuple[str, str]]:
+        """Each borrowed part of a node -> the model's name and the path in it."""
+        parts: dict[str, tuple[str, str]] = {}
+        for name, ref in node.borrows.items():
+            where = f"{node.where}.borrows.{name}"
+            owner, _, path = ref.partition(".")
+            owner = self._alias(owner, ref, where)
+            if owner not in self.spec.models or not path:
+                raise PlanError(f"{where}: found {ref!r}, expected a part of a model, as in teacher.classifier")
+            parts[name] = (owner, path)
+        return parts
+
+    def keys(self, ref: str, where: str) -> list[Key]:
+        """The keys of a ref that may stand for several: `*.logits` is that of every frozen teacher."""
+        owner, _, name = ref.partition(".")
+        if owner != "*":
+            return [self.key(ref, where)]
+        return [self.key(f"{teacher}.{name}", where) for teacher in self.spec.teachers]
+
+    def key(self, ref: str, where: str) -> Key:
+        """The key of a ref; a `PlanError` with the nearest valid ref where it names nothing."""
+        owner, dot, name = ref.partition(".")
+        owner = self._alias(owner, ref, where)
+        if owner == "batch":
+            streams = {*self.facts.streams, "index"}
+            if name not in streams:
+                raise PlanError(
+                    f"{where}: the data has no stream {name!r}; {did_you_mean(name, streams, what='streams')}"
+                )
+            return f"batch.{name}"
+        if owner in self.spec.models:
+            return f"{owner}.{self._field(owner, name, where)}"
+        if owner in self.spec.nodes:
+            outputs = self.spec.nodes[owner].entry.component.outputs
+            name = name if dot else "out"
+            if name not in outputs:
+                raise PlanError(
+                    f"{where}: {owner} gives no {name!r}; {did_you_mean(name, outputs, what=f'{owner} gives')}"
+                )
+            return f"{owner}.{name}"
+        known = {"batch", *self.spec.models, *self.spec.nodes}
+        raise PlanError(f"{where}: {ref!r} names nothing; {did_you_mean(owner, known)}")
+
+    def _alias(self, owner: str, ref: str, where: str) -> str:
+        """`teacher` is the only teacher, whatever its name."""
+        if owner != "teacher" or "teacher" in {**self.spec.models, **self.spec.nodes}:
+            return owner
+        teachers = list(self.spec.teachers)
+        if len(teachers) == 1:
+            return teachers[0]
+        if not teachers:
+            raise PlanError(f"{where}: it reads {ref!r}, but the config has no teachers")
+        raise PlanError(
+            f"{where}: it reads {ref!r}, but there are {len(teachers)} teachers ({', '.join(teachers)}); "
+            "name one of them, or a target over them"
+        )
+
+    def _field(self, owner: str, name: str, where: str) -> str:
+        model = self.spec.models[owner]
+        offers = model.entry.component.offers
+        known = {*model.engine.taps, *(offers or ())}
+        if not name:
+            raise PlanError(
+                f"{where}: say which tensor of {owner}; it has: {', '.join(sorted(known)) or 'its outputs'}"
+            )
+        if offers is not None and name not in known:
+            raise PlanError(f"{where}: {owner} has no {name!r}; {did_you_mean(name, known, what='it has')}")
+        return name
+
+
+def _keys(arguments: Mapping[str, Any]) -> Iterator[Key]:
+    for key in arguments.values():
+        if isinstance(key, tuple):
+            yield from key
+        elif key:
+            yield key

@@ -1,0 +1,425 @@
+"""Gives a config its meaning: `check` turns a plain mapping into a `RunSpec`, or says what is wrong and where."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from kdx.components import OPTIONAL, REQUIRED, Knob, Many, Node, Schedule
+from kdx.data import SplitOptions
+from kdx.errors import ConfigError, KdxError, did_you_mean
+from kdx.optim import read_optimizer
+from kdx.plugins import Entry, Registry
+
+KnobSpec = float | Schedule | str
+"""A constant, a schedule, or a ref."""
+OPTIMIZER = {"use": "sgd", "momentum": 0.9}
+UPDATER = {"use": "plain"}
+METRICS: dict[str, Any] = {"classification": {}}
+"""What a config that leaves the section out gets."""
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """The `train` section.
+
+    Training lasts `epochs`, or `updates` optimizer steps. A batch of `batch` samples is worked off in `accumulate`
+    parts. `evaluate` and `save` count epochs; `monitor` names the validation metric that picks the best epoch. An
+    epoch is one pass over the training samples, or as many updates as `steps_per_epoch` says.
+    """
+
+    epochs: float | None = None
+    updates: int | None = None
+    steps_per_epoch: int | None = None
+    batch: int = 128
+    accumulate: int = 1
+    lr: Any = 0.05
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    updater: dict[str, Any] = field(default_factory=dict)
+    weight_decay: float = 0.0
+    clip: float | None = None
+    ema: float | None = None
+    evaluate: int = 1
+    save: int = 1
+    monitor: str = "accuracy"
+    minimise: bool = False
+    calibration: int = 8
+
+
+@dataclass(frozen=True)
+class RuntimeOptions:
+    """The `runtime` section: where and how a run computes. Only `precision` may change its numbers."""
+
+    device: str = "auto"
+    precision: str = "auto"
+    channels_last: bool = False
+    compile: bool = False
+    workers: int = 0
+    threads: int | None = None
+    eval_batch: int = 256
+
+
+@dataclass(frozen=True)
+class RootOptions:
+    """The sections of a config."""
+
+    name: str = "run"
+    seed: int = 0
+    out: str = "runs"
+    plugins: list[str] = field(default_factory=list)
+    installed_plugins: bool = True
+    baseline: bool = True
+    data: dict[str, Any] = field(default_factory=dict)
+    student: dict[str, Any] = field(default_factory=dict)
+    teachers: dict[str, Any] = field(default_factory=dict)
+    targets: dict[str, Any] = field(default_factory=dict)
+    align: dict[str, Any] = field(default_factory=dict)
+    losses: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    train: dict[str, Any] = field(default_factory=dict)
+    runtime: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """What every model section may say besides the options of its component.
+
+    `input` names the streams that the model reads; `taps` gives names to inner tensors; `run` is a config whose
+    finished student this model is; `checkpoint` a file of weights; a `trainable` teacher is a peer.
+    """
+
+    input: Any = None
+    taps: dict[str, Any] = field(default_factory=dict)
+    run: Any = None
+    checkpoint: str | None = None
+    trainable: bool = False
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    name: str
+    where: str
+    entry: Entry
+    options: Any
+    engine: ModelOptions
+
+    @property
+    def frozen(self) -> bool:
+        return self.name != "student" and not self.engine.trainable
+
+
+@dataclass(frozen=True)
+class NodeSpec:
+    """A target, aligner or loss. `inputs` maps a parameter to a ref, a tuple of refs (`Many`), or None (absent)."""
+
+    name: str
+    where: str
+    entry: Entry
+    options: Any
+    inputs: Mapping[str, Any]
+    knobs: Mapping[str, KnobSpec]
+    borrows: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A data set, metric or updater with its options."""
+
+    name: str
+    where: str
+    entry: Entry
+    options: Any
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """A config that has been understood. `config` is the resolved mapping that it came from."""
+
+    config: Mapping[str, Any]
+    root: RootOptions
+    train: TrainOptions
+    runtime: RuntimeOptions
+    lr: float | Schedule
+    splits: SplitOptions
+    data: Part
+    updater: Part
+    metrics: tuple[Part, ...]
+    student: ModelSpec
+    teachers: Mapping[str, ModelSpec]
+    targets: Mapping[str, NodeSpec]
+    align: Mapping[str, NodeSpec]
+    losses: Mapping[str, NodeSpec]
+    registry: Registry
+
+    @property
+    def models(self) -> dict[str, ModelSpec]:
+        return {"student": self.student, **self.teachers}
+
+    @property
+    def nodes(self) -> dict[str, NodeSpec]:
+        """Targets and aligners: what a ref can name besides models and the batch."""
+        return {**self.targets, **self.align}
+
+
+def check(config: Mapping[str, Any], registry: Registry) -> RunSpec:
+    """Understand a resolved config; every `ConfigError` and `PluginError` starts with the path in the config."""
+    root = read_options(RootOptions, config, "")
+    train = read_options(TrainOptions, root.train, "train")
+    runtime = read_options(RuntimeOptions, root.runtime, "runtime")
+    train = replace(train, optimizer=train.optimizer or OPTIMIZER, updater=train.updater or UPDATER)
+    _check_ranges(root, train, runtime)
+    read_optimizer(train.optimizer)
+    if not root.losses:
+        raise ConfigError("losses: there are none, so nothing would be learnt; add at least `ce: {use: cross_entropy}`")
+    split_names = {item.name for item in fields(SplitOptions)}
+    splits = read_options(SplitOptions, {key: root.data[key] for key in root.data if key in split_names}, "data")
+    rest = {key: value for key, value in root.data.items() if key not in split_names}
+    data = _part("datasets", "data", rest, "data", registry, extra=split_names)
+    updater = _part("updaters", "updater", train.updater, "train.updater", registry)
+    metrics = tuple(
+        _part("metrics", name, {"use": name, **_section(options, f"metrics.{name}")}, f"metrics.{name}", registry)
+        for name, options in (root.metrics or METRICS).items()
+    )
+    lr = read_knob(train.lr, Knob(0.05, at_least=0.0), "train.lr", registry)
+    if isinstance(lr, str):
+        raise ConfigError(f"train.lr: found the ref {lr!r}, expected a number or a schedule")
+    if not root.student:
+        raise ConfigError("student: there is none; expected a model, as in `student: {use: timm, model: resnet18}`")
+    student = _model("student", root.student, "student", registry)
+    if student.engine.trainable:
+        raise ConfigError("student.trainable: the student is always trained; leave it out")
+    teachers = {name: _model(name, options, f"teachers.{name}", registry) for name, options in root.teachers.items()}
+    targets = {name: _node("targets", name, options, registry) for name, options in root.targets.items()}
+    align = {
+        name: _node("align", name, {"use": "auto", **_section(options, f"align.{name}")}, registry)
+        for name, options in root.align.items()
+    }
+    losses = {name: _node("losses", name, options, registry) for name, options in root.losses.items()}
+    _check_names(root)
+    return RunSpec(
+        config, root, train, runtime, lr, splits, data, updater, metrics, student, teachers, targets, align, losses,
+        registry,
+    )  # fmt: skip
+
+
+def read_options(schema: type[Any], options: Mapping[str, Any], where: str, who: str = "") -> Any:
+    """An instance of a dataclass from plain options: unknown keys, missing keys and wrong types are refused."""
+    prefix = f"{where}." if where else ""
+    known = [item.name for item in fields(schema)]
+    for key in options:
+        if key not in known:
+            raise ConfigError(f"{prefix}{key}: unknown option{who}; {did_you_mean(str(key), known, what='options')}")
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(schema), dict(options))
+        return OmegaConf.to_object(merged)
+    except KdxError:
+        raise
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or ""
+        found = _at(options, key)
+        detail = str(error).strip().splitlines()[0]
+        raise ConfigError(f"{prefix}{key}: found {found!r}{who}: {detail}") from error
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{where or 'config'}: {error}{who}") from error
+
+
+def read_knob(value: Any, knob: Knob, where: str, registry: Registry) -> KnobSpec:
+    """A constant within the knob's range, a schedule, or a ref."""
+    if isinstance(value, bool) or value is None:
+        raise ConfigError(f"{where}: found {value!r}, expected a number, a schedule or a ref")
+    if isinstance(value, (int, float)):
+        problem = knob.problem(float(value))
+        if problem:
+            raise ConfigError(f"{where}: found {value!r}; it {problem}")
+        return float(value)
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Mapping):
+        part = _part("schedules", "schedule", value, where, registry)
+        try:
+            schedule: Schedule = part.entry.component(part.options)
+        except KdxError as error:
+            raise type(error)(f"{where}: {error}") from error
+        return schedule
+    raise ConfigError(f"{where}: found {value!r}, expected a number, a schedule or a ref")
+
+
+def split_use(options: Any, where: str) -> tuple[str, dict[str, Any]]:
+    """The component that a section names, and its other keys."""
+    options = _section(options, where)
+    use = options.pop("use", None)
+    if not isinstance(use, str):
+        raise ConfigError(f"{where}: it says no `use:`, so there is no telling which component is meant")
+    return use, options
+
+
+def plain_options(options: Any) -> dict[str, Any]:
+    """A component's options as a mapping, for digests and for showing."""
+    return asdict(options) if is_dataclass(options) and not isinstance(options, type) else {}
+
+
+def _section(options: Any, where: str) -> dict[str, Any]:
+    if not isinstance(options, Mapping):
+        raise ConfigError(f"{where}: found {options!r}, expected a mapping of options")
+    return {str(key): value for key, value in options.items()}
+
+
+def _part(kind: str, name: str, options: Any, where: str, registry: Registry, extra: set[str] | None = None) -> Part:
+    use, rest = split_use(options, where)
+    entry = registry.find(kind, use, f"{where}.use")
+    schema = entry.component.Config
+    for key in rest:
+        known = {item.name for item in fields(schema)} | (extra or set())
+        if key not in known:
+            raise ConfigError(
+                f"{where}.{key}: {use} (plugin {entry.plugin.name}) has no such option; "
+                f"{did_you_mean(key, known, what='options')}"
+            )
+    return Part(name, where, entry, read_options(schema, rest, where, f" ({use}, plugin {entry.plugin.name})"))
+
+
+def _model(name: str, options: Any, where: str, registry: Registry) -> ModelSpec:
+    use, rest = split_use(options, where)
+    entry = registry.find("models", use, f"{where}.use")
+    own = {item.name for item in fields(ModelOptions)}
+    engine = read_options(ModelOptions, {key: value for key, value in rest.items() if key in own}, where)
+    options = {key: value for key, value in rest.items() if key not in own}
+    known = {item.name for item in fields(entry.component.Config)}
+    for key in options:
+        if key not in known:
+            raise ConfigError(
+                f"{where}.{key}: {use} has no such option; {did_you_mean(key, known | own, what='options')}"
+            )
+    who = f" ({use}, plugin {entry.plugin.name})"
+    return ModelSpec(name, where, entry, read_options(entry.component.Config, options, where, who), engine)
+
+
+def _node(section: str, name: str, options: Any, registry: Registry) -> NodeSpec:
+    where = f"{section}.{name}"
+    use, rest = split_use(options, where)
+    kind = "aligners" if section == "align" else section
+    entry = registry.find(kind, use, f"{where}.use")
+    component: type[Node] = entry.component
+    knobs = {**component.knobs, **({"weight": Knob(1.0)} if section == "losses" else {})}
+    inputs = dict(rest.pop("inputs", None) or {})
+    if section == "align":
+        inputs |= {key: rest.pop(key) for key in ("source", "like") if key in rest}
+    borrows = {**component.borrows, **dict(rest.pop("borrows", None) or {})}
+    given_knobs = {key: rest.pop(key) for key in knobs if key in rest}
+    known = {item.name for item in fields(component.Config)}
+    for key in rest:
+        if key not in known:
+            choices = known | set(knobs) | {"inputs"}
+            raise ConfigError(
+                f"{where}.{key}: {use} (plugin {entry.plugin.name}) has no such option; "
+                f"{did_you_mean(key, choices, what='options')}"
+            )
+    for key in inputs:
+        if key not in component.inputs:
+            raise ConfigError(
+                f"{where}.inputs.{key}: {use} reads no such input; {did_you_mean(key, component.inputs, what='inputs')}"
+            )
+    for key in borrows:
+        if key not in component.borrows:
+            raise ConfigError(
+                f"{where}.borrows.{key}: {use} borrows no such part; {did_you_mean(key, component.borrows)}"
+            )
+    return NodeSpec(
+        name,
+        where,
+        entry,
+        read_options(component.Config, rest, where, f" ({use}, plugin {entry.plugin.name})"),
+        {
+            key: _read_input(inputs.get(key), spec, f"{where}.inputs.{key}", use)
+            for key, spec in component.inputs.items()
+        },
+        {
+            key: read_knob(given_knobs.get(key, knob.default), knob, f"{where}.{key}", registry)
+            for key, knob in knobs.items()
+        },
+        borrows,
+    )
+
+
+def _read_input(found: Any, spec: Any, where: str, use: str) -> Any:
+    if isinstance(spec, Many):
+        found = spec.default if found is None else found
+        if found is None:
+            raise ConfigError(f"{where}: {use} needs at least one ref here")
+        found = [found] if isinstance(found, str) else found
+        if not isinstance(found, list) or not found or not all(isinstance(ref, str) for ref in found):
+            raise ConfigError(f"{where}: found {found!r}, expected a list of refs")
+        return tuple(found)
+    if found is None:
+        if spec is REQUIRED:
+            raise ConfigError(f"{where}: {use} needs a ref here, as in student.mid")
+        return None if spec is OPTIONAL else spec
+    if not isinstance(found, str):
+        raise ConfigError(f"{where}: found {found!r}, expected one ref, as in student.mid")
+    return found
+
+
+def _check_names(root: RootOptions) -> None:
+    owners: dict[str, str] = {"student": "student", "batch": "the batch"}
+    for section in ("teachers", "targets", "align"):
+        for name in getattr(root, section):
+            where = f"{section}.{name}"
+            if not name.isidentifier():
+                raise ConfigError(f"{where}: {name!r} cannot be part of a ref; use letters, digits and underscores")
+            if name in owners:
+                raise ConfigError(f"{where}: the name {name!r} is taken by {owners[name]}; refs would be ambiguous")
+            owners[name] = where
+    for name in root.losses:
+        if not name.isidentifier():
+            raise ConfigError(f"losses.{name}: {name!r} is no valid name; use letters, digits and underscores")
+    if not root.name or any(char in root.name for char in "/\\\0") or root.name.startswith("."):
+        raise ConfigError(f"name: {root.name!r} cannot be a folder name")
+
+
+def _check_ranges(root: RootOptions, train: TrainOptions, runtime: RuntimeOptions) -> None:
+    def refuse(where: str, found: Any, expected: str) -> None:
+        raise ConfigError(f"{where}: found {found!r}, expected {expected}")
+
+    if (train.epochs is None) == (train.updates is None):
+        raise ConfigError("train: say how long, with either `epochs` or `updates`")
+    if train.epochs is not None and not 0 < train.epochs < float("inf"):
+        refuse("train.epochs", train.epochs, "a number above 0")
+    for where, value in {
+        "train.updates": train.updates,
+        "train.steps_per_epoch": train.steps_per_epoch,
+        "train.batch": train.batch,
+        "train.accumulate": train.accumulate,
+        "train.evaluate": train.evaluate,
+        "train.save": train.save,
+        "train.calibration": train.calibration,
+        "runtime.threads": runtime.threads,
+        "runtime.eval_batch": runtime.eval_batch,
+    }.items():
+        if value is not None and value < 1:
+            refuse(where, value, "a whole number from 1")
+    if train.batch % train.accumulate:
+        refuse("train.accumulate", train.accumulate, f"a divisor of train.batch ({train.batch})")
+    if runtime.workers < 0:
+        refuse("runtime.workers", runtime.workers, "0 or more")
+    if not train.weight_decay >= 0:
+        refuse("train.weight_decay", train.weight_decay, "0 or more")
+    if train.clip is not None and not train.clip > 0:
+        refuse("train.clip", train.clip, "a norm above 0")
+    if train.ema is not None and not 0 < train.ema < 1:
+        refuse("train.ema", train.ema, "a decay between 0 and 1")
+    precisions = ("auto", "fp32", "bf16", "fp16")
+    if runtime.precision not in precisions:
+        refuse("runtime.precision", runtime.precision, f"one of {', '.join(precisions)}")
+    if root.seed < 0:
+        refuse("seed", root.seed, "0 or more")
+
+
+def _at(options: Mapping[str, Any], key: str) -> Any:
+    value: Any = options
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value

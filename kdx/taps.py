@@ -1,0 +1,275 @@
+"""Gives names to inner tensors of a network: `Tapped` runs it and returns what was asked for, and no more."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from kdx.components import Network
+from kdx.errors import ConfigError, PlanError, did_you_mean
+from kdx.types import Batch
+
+LOGITS = "logits"
+"""What a net returns when it returns one tensor."""
+EMBEDDING = "embedding"
+"""What enters the classifier, `[B, D]`."""
+FEATURES = "features"
+"""The last feature map or token sequence of a timm net, before pooling."""
+STANDARD = (LOGITS, EMBEDDING, FEATURES)
+
+
+@dataclass(frozen=True)
+class Tap:
+    """Where an inner tensor is: the n-th entry of a timm net's `feature_info`, or a module's output or input."""
+
+    path: str | int
+    side: str = "output"
+
+
+def read_taps(taps: Mapping[str, Any], where: str) -> dict[str, Tap]:
+    """The `taps` of a model section: a number, a path, or `{path: ..., side: output|input}` for each name."""
+    read: dict[str, Tap] = {}
+    for name, value in taps.items():
+        at = f"{where}.{name}"
+        if name in STANDARD:
+            raise ConfigError(f"{at}: {name!r} is what every model offers already; choose another name")
+        if not str(name).isidentifier():
+            raise ConfigError(f"{at}: {name!r} cannot be part of a ref; use letters, digits and underscores")
+        options = value if isinstance(value, Mapping) else {"path": value}
+        for key in options:
+            if key not in ("path", "side"):
+                raise ConfigError(f"{at}.{key}: unknown option; {did_you_mean(str(key), ['path', 'side'])}")
+        path, side = options.get("path"), options.get("side", "output")
+        if isinstance(path, bool) or not isinstance(path, (int, str)) or path == "":
+            raise ConfigError(f"{at}: found {path!r}, expected a stage number or the path of a module")
+        if side not in ("output", "input"):
+            raise ConfigError(f"{at}.side: found {side!r}, expected output or input")
+        if isinstance(path, int) and side == "input":
+            raise ConfigError(f"{at}: a stage number gives outputs only; name a module's path to tap its input")
+        read[name] = Tap(path, side)
+    return read
+
+
+class _Stop(Exception):  # noqa: N818  (it is no error)
+    """Leaves a forward pass when everything asked for has been seen."""
+
+
+@dataclass
+class _Captured:
+    """What the hooks of one network have seen in the current forward pass."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    versions: dict[str, int] = field(default_factory=dict)
+    cloned: set[str] = field(default_factory=set)
+    stop_at: int = 0
+    active: bool = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Captured:
+        copied = _Captured(cloned=set(self.cloned), stop_at=self.stop_at)
+        memo[id(self)] = copied
+        return copied
+
+    def take(self, name: str, value: Any) -> None:
+        if not self.active:  # the module is used by itself, as a borrowed part or to predict
+            return
+        while isinstance(value, (tuple, list)) and value:
+            value = value[0]
+        if not isinstance(value, Tensor):
+            raise PlanError(f"tap {name!r}: the module gives a {type(value).__name__}, not a tensor")
+        self.versions[name] = value._version
+        self.tensors[name] = value.clone() if name in self.cloned else value
+        if len(self.tensors) == self.stop_at:
+            raise _Stop
+
+
+@dataclass
+class _OutputHook:
+    name: str
+    captured: _Captured
+
+    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        self.captured.take(self.name, output)
+
+
+@dataclass
+class _InputHook:
+    name: str
+    captured: _Captured
+
+    def __call__(self, module: nn.Module, inputs: Any) -> None:
+        self.captured.take(self.name, inputs)
+
+
+class Tapped(nn.Module):
+    """Runs a network on a batch and returns the `wanted` fields.
+
+    Stage numbers of timm nets go through `forward_intermediates`, which gives maps `[B, C, H, W]` for transformers
+    too; paths go through forward hooks. Where no final output is wanted the pass ends at the last tap. A hooked
+    tensor that the net later changes in place is cloned (`protect` finds out which).
+
+    Raises `PlanError` for a field or tap that the network cannot give.
+    """
+
+    def __init__(self, network: Network, wanted: Sequence[str], taps: Mapping[str, Tap], where: str) -> None:
+        super().__init__()
+        self.network = network
+        self.wanted = tuple(wanted)
+        self._names = (*taps, EMBEDDING)
+        used = {name: tap for name, tap in taps.items() if name in self.wanted}
+        self._stages = {name: _stage(network.net, tap.path, f"{where}.taps.{name}") for name, tap in used.items()
+                        if isinstance(tap.path, int)}  # fmt: skip
+        self._indices = sorted(set(self._stages.values()))
+        self._captured = _Captured()
+        self._hooked = [name for name, tap in used.items() if isinstance(tap.path, str)]
+        for name, tap in used.items():
+            if isinstance(tap.path, str):
+                self._hook(_find_module(network.net, tap.path, f"{where}.taps.{name}"), name, tap.side)
+        if EMBEDDING in self.wanted and EMBEDDING not in taps:
+            self._hook(_classifier(network.net, where), EMBEDDING, "input")
+            self._hooked.append(EMBEDDING)
+        if FEATURES in self.wanted and not hasattr(network.net, "forward_features"):
+            raise PlanError(f"{where}: {type(network.net).__name__} offers no `features`; name a tap instead")
+        self._final = [name for name in self.wanted if name not in used and name not in (EMBEDDING, FEATURES)]
+        if not self._final and not self._indices and FEATURES not in self.wanted:
+            self._captured.stop_at = len(self._hooked)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """The wanted fields for the streams of `batch`."""
+        streams = [self.network.prepare(batch[stream]) for stream in self.network.streams]
+        captured = self._captured
+        captured.active = True
+        try:
+            found = self._run(streams)
+        except _Stop:
+            found = {}
+        finally:
+            captured.active = False
+            taken, captured.tensors = captured.tensors, {}
+        for name in self._hooked:
+            if name not in taken:
+                raise PlanError(f"tap {name!r} of {type(self.network.net).__name__}: the module did not run")
+            found[name] = taken[name].flatten(1) if name == EMBEDDING else taken[name]
+        return found
+
+    def predict(self, batch: Batch) -> Tensor:
+        """What the network answers when it is used: `net.predict` where there is one, else its logits."""
+        streams = [self.network.prepare(batch[stream]) for stream in self.network.streams]
+        predict = getattr(self.network.net, "predict", None)
+        answer = predict(*streams) if predict is not None else self.network.net(*streams)
+        answer = answer[LOGITS] if isinstance(answer, Mapping) else answer
+        if not isinstance(answer, Tensor):
+            raise PlanError(f"{type(self.network.net).__name__} predicts a {type(answer).__name__}, not a tensor")
+        return answer
+
+    def protect(self, batch: Batch) -> None:
+        """Find the taps that the net changes in place after they were taken, and clone them from now on."""
+        seen: dict[str, Tensor] = self.forward(batch)
+        for name in self._hooked:
+            if name in seen and name != EMBEDDING and seen[name]._version != self._captured.versions[name]:
+                self._captured.cloned.add(name)
+
+    @property
+    def stops_early(self) -> bool:
+        """Whether the pass ends before the net's own output."""
+        return not self._final
+
+    def _hook(self, module: nn.Module, name: str, side: str) -> None:
+        if side == "input":
+            module.register_forward_pre_hook(_InputHook(name, self._captured))
+        else:
+            module.register_forward_hook(_OutputHook(name, self._captured))
+
+    def _run(self, streams: list[Tensor]) -> dict[str, Tensor]:
+        net: Any = self.network.net
+        if not self._indices and FEATURES not in self.wanted:
+            return self._named(net(*streams))
+        found: dict[str, Tensor] = {}
+        if self._indices:
+            ends = not self._final and FEATURES not in self.wanted and not self._hooked
+            given = net.forward_intermediates(
+                *streams, indices=self._indices, output_fmt="NCHW", intermediates_only=ends, stop_early=ends
+            )
+            maps = given if ends else given[1]
+            for name, stage in self._stages.items():
+                found[name] = maps[self._indices.index(stage)]
+            if ends:
+                return found
+            features: Tensor = given[0]
+        else:
+            features = net.forward_features(*streams)
+        if FEATURES in self.wanted:
+            found[FEATURES] = features
+        if self._final or EMBEDDING in self.wanted:
+            found |= self._named(net.forward_head(features))
+        return found
+
+    def _named(self, output: Any) -> dict[str, Tensor]:
+        if isinstance(output, Tensor):
+            output = {LOGITS: output}
+        elif isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
+            output = {LOGITS: output[0]}
+        if not isinstance(output, Mapping):
+            raise PlanError(
+                f"{type(self.network.net).__name__} returns a {type(output).__name__}; expected a tensor or a dict"
+            )
+        for name in self._final:
+            if name not in output:
+                raise PlanError(
+                    f"{type(self.network.net).__name__} gives no {name!r}; "
+                    f"{did_you_mean(name, [*map(str, output), *self._names])}"
+                )
+        return {name: output[name] for name in self._final}
+
+
+def stage_count(net: nn.Module) -> int:
+    """How many stages `feature_info` of a timm net lists; 0 for other nets."""
+    info = getattr(net, "feature_info", None)
+    if info is None or not hasattr(net, "forward_intermediates"):
+        return 0
+    try:
+        return len(info)
+    except TypeError:
+        return 0
+
+
+def _stage(net: nn.Module, number: Any, where: str) -> int:
+    count = stage_count(net)
+    if not count:
+        raise PlanError(f"{where}: {type(net).__name__} has no numbered stages; give the path of a module")
+    if not -count <= number < count:
+        raise PlanError(f"{where}: found stage {number}, but {type(net).__name__} has stages 0 to {count - 1}")
+    return int(number) % count
+
+
+def _find_module(net: nn.Module, path: str, where: str) -> nn.Module:
+    modules: dict[str, nn.Module] = {name: module for name, module in net.named_modules() if name}
+    if path in modules:
+        return modules[path]
+    matches = fnmatch.filter(modules, path)
+    if len(matches) == 1:
+        return modules[matches[0]]
+    if matches:
+        raise PlanError(f"{where}: {path!r} fits {len(matches)} modules ({', '.join(matches[:6])} ...); expected one")
+    near = did_you_mean(path, modules)
+    raise PlanError(f"{where}: {type(net).__name__} has no module {path!r}; {near}")
+
+
+def classifier_of(net: nn.Module) -> nn.Module | None:
+    """The module that turns an embedding into logits: timm's classifier, else the last linear layer."""
+    getter = getattr(net, "get_classifier", None)
+    found = getter() if callable(getter) else None
+    if isinstance(found, nn.Module):
+        return found
+    linear = [module for module in net.modules() if isinstance(module, nn.Linear)]
+    return linear[-1] if linear else None
+
+
+def _classifier(net: nn.Module, where: str) -> nn.Module:
+    found = classifier_of(net)
+    if found is None:
+        raise PlanError(f"{where}: {type(net).__name__} has no classifier, so no `embedding`; name a tap instead")
+    return found

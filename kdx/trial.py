@@ -1,0 +1,269 @@
+"""One node with the tensors to try it on: the parts that `kdx.testing` makes its checks of."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor, nn
+
+from kdx.components import OPTIONAL, Aligner, Component, Given, Knob, Loss, Many, Node
+from kdx.types import DataFacts
+
+RESERVED = {"use", "inputs", "borrows", "source", "like"}
+CLASSES = 5
+
+Values = dict[str, Tensor]
+"""The fields that a node gave; `out` for a plain tensor."""
+
+
+class Trial:
+    """Builds copies of one node and runs them on made-up inputs; every failure names the component.
+
+    The prototype is never run, so a node that keeps state starts afresh in each check.
+    """
+
+    def __init__(
+        self,
+        node: type[Node] | Node,
+        shapes: Mapping[str, Any],
+        tensors: Mapping[str, Tensor],
+        modules: Mapping[str, nn.Module],
+        options: Mapping[str, Any],
+        batch: int,
+    ) -> None:
+        self.component: type[Node] = node if isinstance(node, type) else type(node)
+        self.who = describe(self.component)
+        check_declarations(self.component, self.who)
+        self.batch = len(next(iter(tensors.values()))) if tensors else batch
+        self.tensors = tensors
+        self.modules = modules
+        self.knobs = {name: knob.default for name, knob in self.component.knobs.items()}
+        for name in [name for name in options if name in self.knobs]:
+            self.knobs[name] = options[name]
+            problem = self.component.knobs[name].problem(options[name])
+            require(problem is None, self.who, f"the knob {name} = {options[name]} {problem}")
+        rest = {name: value for name, value in options.items() if name not in self.knobs}
+        if isinstance(node, type):
+            self.config, self.facts = make_config(node, rest, self.who), FACTS
+        else:
+            require(not options, self.who, f"options {sorted(options)} go with a class, not with an instance")
+            self.config, self.facts = node.config, node.given.facts
+            shapes = shapes or node.given.shapes
+        self.shapes = {name: self._shape(name, spec, shapes) for name, spec in self.component.inputs.items()}
+        self.prototype = self.build(0) if isinstance(node, type) else copy.deepcopy(node)
+
+    def build(self, seed: int) -> Node:
+        """A node as the engine makes it, with weights that `seed` gives; the caller's random state stays as it is."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            shapes = {name: shape for name, shape in self.shapes.items() if shape is not None}
+            return self.component(self.config, Given(shapes, self.facts, torch.Generator()))
+
+    def fresh(self) -> Node:
+        return copy.deepcopy(self.prototype)
+
+    def inputs(self, *, logit_scale: float = 1.0, born: torch.dtype = torch.float32, seed: int = 0) -> dict[str, Any]:
+        """Made-up inputs: normal numbers for features, `logit_scale` times that for logits, classes for labels."""
+        generator = torch.Generator().manual_seed(seed)
+        return {
+            name: self.tensors[name].clone()
+            if name in self.tensors
+            else self._make(name, spec, logit_scale, born, generator)
+            for name, spec in self.component.inputs.items()
+        }
+
+    def run(self, node: Node, inputs: Mapping[str, Any], *, knobs_per_sample: bool = False) -> Values:
+        """What the node gives for these inputs, as named fields."""
+        named = {name: value for name, value in inputs.items() if name != "like" or not isinstance(node, Aligner)}
+        knobs = {
+            name: torch.full((self.batch,), value) if knobs_per_sample else torch.tensor(value)
+            for name, value in ((name, float(value)) for name, value in self.knobs.items())
+        }
+        result = node(**named, **knobs, **self.modules)
+        if self.component.outputs == ("out",):
+            require(isinstance(result, Tensor), self.who, f"forward gave a {type(result).__name__}, expected a tensor")
+            return {"out": result}
+        found = sorted(result) if isinstance(result, Mapping) else type(result).__name__
+        require(
+            found == sorted(self.component.outputs),
+            self.who,
+            f"forward gave {found}, but declares outputs {sorted(self.component.outputs)}",
+        )
+        return dict(result)
+
+    def frozen_inputs(self) -> set[str]:
+        """The inputs that come from teachers, and so must get no gradient from a loss."""
+        refs = {name: spec.default if isinstance(spec, Many) else spec for name, spec in self.component.inputs.items()}
+        return {
+            name
+            for name, ref in refs.items()
+            if name.startswith("teacher") or (isinstance(ref, str) and ref.startswith(("teacher.", "*.")))
+        }
+
+    def label_inputs(self) -> list[str]:
+        return [name for name, spec in self.component.inputs.items() if spec == "batch.label"]
+
+    def _shape(self, name: str, spec: Any, shapes: Mapping[str, Any]) -> Any:
+        if name in shapes:
+            found = shapes[name]
+            return [tuple(shape) for shape in found] if isinstance(spec, Many) else tuple(found)
+        if name in self.tensors:
+            return tuple(self.tensors[name].shape[1:])
+        ref = spec.default if isinstance(spec, Many) else spec
+        if ref in ("batch.label", "batch.index"):
+            return ()
+        if isinstance(ref, str) and ref.endswith(".logits"):
+            return [(CLASSES,)] * 3 if isinstance(spec, Many) else (CLASSES,)
+        require(spec is OPTIONAL, self.who, f"shapes: say the shape of one sample of the input {name!r}")
+        return None
+
+    def _make(self, name: str, spec: Any, scale: float, born: torch.dtype, generator: torch.Generator) -> Any:
+        shape = self.shapes[name]
+        if shape is None:
+            return None
+        if spec == "batch.index":
+            return torch.arange(self.batch)
+        if spec == "batch.label":
+            return torch.randint(0, CLASSES, (self.batch,), generator=generator)
+        ref = spec.default if isinstance(spec, Many) else spec
+        is_logits = name == "logits" or (isinstance(ref, str) and ref.endswith(".logits"))
+        made = [
+            (torch.randn(self.batch, *one, generator=generator) * (scale if is_logits else 1.0)).to(born).float()
+            for one in (shape if isinstance(spec, Many) else [shape])
+        ]
+        return made if isinstance(spec, Many) else made[0]
+
+
+FACTS = DataFacts(streams={}, classes=tuple(f"class {k}" for k in range(CLASSES)), size=64)
+
+
+def require(condition: bool, who: str, message: str) -> None:
+    """Fail with a message that names the component, unless the condition holds."""
+    if not condition:
+        raise AssertionError(f"{who}: {message}")
+
+
+def describe(component: type[Component]) -> str:
+    return f"{component.name or '(no name)'} ({component.__module__}.{component.__qualname__})"
+
+
+def make_config(component: type[Component], options: Mapping[str, Any], who: str) -> Any:
+    known = {item.name for item in fields(component.Config)}
+    unknown = sorted(set(options) - known)
+    require(not unknown, who, f"it has no options {unknown}; its Config has {sorted(known)}")
+    return component.Config(**options)
+
+
+def check_config(component: type[Component], who: str) -> None:
+    """A component has a name, and a Config that a config file can fill."""
+    require(bool(component.name), who, "`name` is empty, so no config can name it")
+    config = component.Config
+    is_frozen = is_dataclass(config) and config.__dataclass_params__.frozen  # type: ignore[attr-defined]
+    require(is_frozen, who, "Config must be a dataclass(frozen=True)")
+    try:
+        OmegaConf.structured(config)
+    except OmegaConfBaseException as error:
+        raise AssertionError(f"{who}: a config file cannot fill its Config: {error}") from error
+
+
+def check_declarations(component: type[Node], who: str) -> None:
+    """What `forward` takes is what the class declares, and no name means two things."""
+    check_config(component, who)
+    options = {item.name for item in fields(component.Config)}
+    inputs = set(component.inputs) - ({"like"} if issubclass(component, Aligner) else set())
+    groups = {"inputs": inputs, "knobs": set(component.knobs), "borrows": set(component.borrows), "options": options}
+    taken: dict[str, str] = dict.fromkeys(RESERVED - set(component.inputs), "the engine")
+    if issubclass(component, Loss):
+        taken["weight"] = "the engine"
+    for group, names in groups.items():
+        for name in sorted(names):
+            require(name not in taken, who, f"the name {name!r} in its {group} is taken by {taken.get(name)}")
+            taken[name] = f"its {group}"
+    declared = inputs | set(component.knobs) | set(component.borrows)
+    parameters = list(inspect.signature(component.forward).parameters.values())[1:]
+    for parameter in parameters:
+        require(
+            parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY),
+            who,
+            f"forward takes {parameter}, expected named parameters only",
+        )
+    taken_names = {parameter.name for parameter in parameters}
+    undeclared, missing = sorted(taken_names - declared), sorted(declared - taken_names)
+    require(not undeclared, who, f"forward takes {undeclared}, which are in none of inputs, knobs and borrows")
+    require(not missing, who, f"it declares {missing}, which forward does not take")
+    for name, knob in component.knobs.items():
+        problem = knob.problem(knob.default) if isinstance(knob, Knob) else "must be a kdx.Knob"
+        require(problem is None, who, f"the default of the knob {name} {problem}")
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """All tensors of an input: itself, or those of its list."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Sequence):
+        for item in value:
+            yield from tensors_in(item)
+
+
+def reindexed(inputs: Mapping[str, Any], order: Tensor) -> dict[str, Any]:
+    """The inputs with their samples in another order."""
+    return {
+        name: [tensor[order] for tensor in value]
+        if isinstance(value, list)
+        else None
+        if value is None
+        else value[order]
+        for name, value in inputs.items()
+    }
+
+
+def random_state() -> tuple[Any, ...]:
+    """The state of all global random generators, comparable with `same_random_state`."""
+    return torch.get_rng_state(), random.getstate(), np.random.get_state(legacy=True)
+
+
+def same_random_state(before: tuple[Any, ...], after: tuple[Any, ...]) -> bool:
+    numbers = [np.array_equal(a, b) for a, b in zip(before[2], after[2], strict=True)]
+    return torch.equal(before[0], after[0]) and before[1] == after[1] and all(numbers)
+
+
+def hidden_parameters(node: nn.Module) -> list[str]:
+    """Attributes that hold parameters or modules where torch does not see them."""
+    return [
+        f"{prefix}{'.' if prefix else ''}{name}"
+        for prefix, module in node.named_modules()
+        for name, value in vars(module).items()
+        if name not in ("_parameters", "_modules", "_buffers") and _holds_weights(value)
+    ]
+
+
+def _holds_weights(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.requires_grad
+    if isinstance(value, nn.Module):
+        return any(True for _ in value.parameters())
+    if isinstance(value, Mapping):
+        return any(_holds_weights(item) for item in value.values())
+    return isinstance(value, list | tuple | set) and any(_holds_weights(item) for item in value)
+
+
+def same_values(a: Values, b: Values, *, exact: bool) -> bool:
+    rtol, atol = (0.0, 0.0) if exact else (1e-3, 1e-5)
+    return all(a[name].shape == b[name].shape and torch.allclose(a[name], b[name], rtol, atol) for name in a)
+
+
+def copies(value: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """The ways to copy an object, by name. A class inside of a function cannot be pickled by anybody."""
+    yield "copy.deepcopy", lambda: copy.deepcopy(value)
+    if "<locals>" not in type(value).__qualname__:
+        yield "pickle", lambda: pickle.loads(pickle.dumps(value))

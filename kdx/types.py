@@ -1,0 +1,131 @@
+"""The data that flows through a run. Nothing here computes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Batch: TypeAlias = "dict[str, Tensor]"
+"""Stream name -> tensor, batch axis first. `label` is -1 where a sample has no label; `index` is always there."""
+
+Shape: TypeAlias = tuple[int, ...]
+"""The shape of one sample's part of a tensor: `[B, C, H, W]` is `(C, H, W)`; `[B]` and a 0-d tensor are `()`."""
+
+
+@dataclass(frozen=True)
+class StreamFacts:
+    """What is known about one stream before a batch is read.
+
+    `kind` is `image`, `vector` or `label`. `mean` and `std` are per channel, on the scale that `Dataset.on_device`
+    gives (`0..1` for images); a model normalises its own input with them unless it brings its own.
+    """
+
+    kind: str
+    shape: Shape
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What components may know about the data: streams, class names, and how many training samples there are.
+
+    `size` counts every sample of the training source: `batch.index` is always below it. `labels` holds the label
+    of each of these, -1 where the run may not see it.
+    """
+
+    streams: Mapping[str, StreamFacts]
+    classes: tuple[str, ...] = ()
+    size: int = 0
+    labels: tuple[int, ...] = field(default=(), repr=False)
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Where training stands. `step` counts finished updates, so it is 0 during the first one."""
+
+    step: int
+    steps_per_epoch: int
+    steps: int
+
+    @property
+    def epoch(self) -> int:
+        """The current epoch, counted from 1."""
+        return min(self.step, max(self.steps - 1, 0)) // self.steps_per_epoch + 1
+
+    @property
+    def epochs(self) -> float:
+        """The length of training in epochs."""
+        return self.steps / self.steps_per_epoch
+
+    @property
+    def time(self) -> float:
+        """Epochs finished so far, with the fraction of the current one."""
+        return self.step / self.steps_per_epoch
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The terms of one forward pass, unweighted, and `total`, their weighted sum, which alone has a graph.
+
+    A term is 0-d or `[B]`; `knobs` holds those that were read from nodes, by config path.
+    """
+
+    total: Tensor
+    terms: Mapping[str, Tensor]
+    knobs: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one update produced. Tensors stay on the device: read them only when they are shown (`numbers`).
+
+    `terms` are unweighted, averaged over micro-batches, with `total` among them; `knobs` holds every knob that can
+    move, per-sample ones as their mean.
+    """
+
+    clock: Clock
+    lr: float
+    terms: Mapping[str, Tensor]
+    knobs: Mapping[str, Tensor]
+    samples: int
+
+    def numbers(self) -> dict[str, float]:
+        """All values as floats, in one transfer from the device."""
+        import torch
+
+        tensors = {**self.terms, **self.knobs}
+        if not tensors:
+            return {"lr": self.lr}
+        stacked = torch.stack([value.detach().float().reshape(()) for value in tensors.values()]).tolist()
+        return {**dict(zip(tensors, stacked, strict=True)), "lr": self.lr}
+
+
+@dataclass(frozen=True)
+class EvalReport:
+    """What one evaluation produced: `metrics` of `who` (`student`, a teacher, a target) on `split`."""
+
+    clock: Clock
+    split: str
+    who: str
+    metrics: Mapping[str, float]
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What watchers may know of the run they watch."""
+
+    name: str
+    folder: Path
+    hash: str
+    config: Mapping[str, Any]
+    steps: int
+    steps_per_epoch: int
+    resumed_at: int = 0
+    """The number of updates that were already done when this process took the run up."""

@@ -1,0 +1,158 @@
+"""Targets that make one distribution out of several teachers.
+
+All take logits [B, K], one tensor per teacher, with the same classes. They mix at a temperature `tau`:
+`tau * log sum_k w_k softmax(z_k / tau)`, so that the loss `kd` at the same temperature has the gradient of the weighted
+mean of the divergences to each teacher. At `tau = 1` they mix plain probabilities.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import kdx
+
+
+def mix(logits: Sequence[Tensor], log_weights: Sequence[Tensor | float], temperature: Tensor) -> Tensor:
+    """Logits [B, K] of the mixture of M distributions: `tau * log sum_k w_k softmax(z_k / tau)`.
+
+    `logits` are M tensors [B, K], `log_weights` M numbers or tensors [B], `temperature` is above 0, 0-d or [B].
+    """
+    tau = kdx.per_sample(temperature, logits[0])
+    parts = [
+        torch.log_softmax(z / tau, dim=1) + (w.unsqueeze(1) if isinstance(w, Tensor) else w)
+        for z, w in zip(logits, log_weights, strict=True)
+    ]
+    return tau * torch.logsumexp(torch.stack(parts), dim=0)
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Entropy in nats of `softmax(logits)` along the last axis."""
+    log_p = torch.log_softmax(logits, dim=-1)
+    return -(log_p.exp() * log_p).sum(-1)
+
+
+class Mean(kdx.Target):
+    """The mean of several teachers, as logits [B, K].
+
+    of: `probabilities` mixes the distributions at `temperature`; `logits` averages the logits themselves, which is a
+        geometric mean of the distributions and the same at every temperature.
+    weights: one fixed weight per teacher, in the order of the inputs, scaled to sum 1; equal ones by default.
+    """
+
+    name = "mean"
+    inputs = {"logits": kdx.Many("*.logits")}
+    knobs = {"temperature": kdx.Knob(1.0, above=0.0)}
+    outputs = ("logits",)
+
+    @dataclass(frozen=True)
+    class Config:
+        of: str = "probabilities"
+        weights: list[float] | None = None
+
+    config: Config
+
+    def __init__(self, config: Config, given: kdx.Given) -> None:
+        super().__init__(config, given)
+        if config.of not in ("probabilities", "logits"):
+            raise kdx.ConfigError(f"of: found {config.of!r}, expected probabilities or logits")
+        count = _count_teachers(given)
+        weights = [1.0] * count if config.weights is None else list(config.weights)
+        if len(weights) != count:
+            raise kdx.PlanError(f"weights: found {len(weights)} of them for {count} teachers, expected one for each")
+        if not all(0 <= weight < math.inf for weight in weights) or not sum(weights) > 0:
+            raise kdx.ConfigError(f"weights: found {weights}, expected numbers from 0 that are not all 0")
+        self.weights = [weight / sum(weights) for weight in weights]
+
+    def forward(self, logits: list[Tensor], temperature: Tensor) -> dict[str, Tensor]:
+        used = [(_precise(z), weight) for z, weight in zip(logits, self.weights, strict=True) if weight > 0]
+        if self.config.of == "logits":
+            return {"logits": torch.stack([z * weight for z, weight in used]).sum(0)}
+        return {"logits": mix([z for z, _ in used], [math.log(weight) for _, weight in used], temperature)}
+
+
+def log_confidence_weights(logits: Sequence[Tensor], sharpness: Tensor) -> Tensor:
+    """The logarithms of per-sample weights [B, M] of M teachers, from M logits [B, K]; the weights sum to 1.
+
+    The confidence of a teacher is `c = 1 - H(softmax(z)) / log K`: 1 for a sure answer, 0 for an even one. The weights
+    are `softmax(sharpness * c)` over the teachers.
+    """
+    confidence = 1 - entropy(torch.stack(list(logits), 1)) / math.log(logits[0].shape[1])
+    return torch.log_softmax(confidence * kdx.per_sample(sharpness, confidence), dim=1)
+
+
+class ConfidenceMean(kdx.Target):
+    """The mixture of several teachers in which, sample by sample, the surer one counts more. A rule of kdx itself.
+
+    Gives `logits` [B, K] and the `weights` [B, M] in the order of the inputs. It reads no labels. `sharpness: 0` is the
+    plain mean, a high one follows the surest teacher alone.
+    """
+
+    name = "confidence_mean"
+    inputs = {"logits": kdx.Many("*.logits")}
+    knobs = {"sharpness": kdx.Knob(4.0, at_least=0.0), "temperature": kdx.Knob(1.0, above=0.0)}
+    outputs = ("logits", "weights")
+
+    def __init__(self, config: ConfidenceMean.Config, given: kdx.Given) -> None:
+        super().__init__(config, given)
+        _count_teachers(given)
+
+    def forward(self, logits: list[Tensor], sharpness: Tensor, temperature: Tensor) -> dict[str, Tensor]:
+        logits = [_precise(z) for z in logits]
+        log_weights = log_confidence_weights(logits, sharpness)
+        return {"logits": mix(logits, log_weights.unbind(1), temperature), "weights": log_weights.exp()}
+
+
+def entropy_weights(logits: Sequence[Tensor]) -> Tensor:
+    """Per-sample weights [B, M] of M >= 2 teachers, from M logits [B, K]: `(1 - H_k / sum_j H_j) / (M - 1)`.
+
+    They sum to 1, and are equal where all entropies are 0.
+    """
+    doubt = entropy(torch.stack(list(logits), 1)) + 1e-12
+    return (1 - doubt / doubt.sum(1, keepdim=True)) / (len(logits) - 1)
+
+
+class EntropyMean(kdx.Target):
+    """The mixture of two or more teachers with weights from their entropies (Kwon et al., ICASSP 2020).
+
+    Gives `logits` [B, K] and the `weights` [B, M]. The loss `kd` on these logits at the same temperature has, up to
+    the factor (M - 1) / M, the gradient of the published sum of divergences, whose weights sum to M - 1.
+    """
+
+    name = "ebkd"
+    inputs = {"logits": kdx.Many("*.logits")}
+    knobs = {"temperature": kdx.Knob(4.0, above=0.0)}
+    outputs = ("logits", "weights")
+
+    def __init__(self, config: EntropyMean.Config, given: kdx.Given) -> None:
+        super().__init__(config, given)
+        if _count_teachers(given) < 2:
+            raise kdx.PlanError("ebkd weighs teachers against each other, but it was given one; expected two or more")
+
+    def forward(self, logits: list[Tensor], temperature: Tensor) -> dict[str, Tensor]:
+        logits = [_precise(z) for z in logits]
+        weights = entropy_weights(logits)
+        log_weights = weights.clamp(min=1e-12).log()  # a weight of 0 would give a gradient of 0 * inf
+        return {"logits": mix(logits, log_weights.unbind(1), temperature), "weights": weights}
+
+
+def _count_teachers(given: kdx.Given) -> int:
+    shapes: list[kdx.Shape] = given.shapes["logits"]
+    if any(len(shape) != 1 or shape != shapes[0] for shape in shapes) or shapes[0][0] < 2:
+        found = ", ".join(str(list(shape)) for shape in shapes)
+        raise kdx.PlanError(f"logits: found {found} for one sample, expected [K] with the same K >= 2 for each teacher")
+    return len(shapes)
+
+
+def _precise(logits: Tensor) -> Tensor:
+    """At least float32: entropies and mixtures of half precision are too coarse."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+@kdx.hookimpl
+def kdx_targets() -> list[type[kdx.Target]]:
+    return [Mean, ConfidenceMean, EntropyMean]
