@@ -20,4 +20,4 @@ test:
 	$(PYTHON) -m pytest
 
 docs:
-	$(PYTHON) -m kdx.reference --check docs/reference.md
+	$(PYTHON) -m kdx.reference --check docs

@@ -11,6 +11,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from kdx import spec
 from kdx.components import OPTIONAL, REQUIRED, Knob, Many, Node
 from kdx.errors import PluginError, did_you_mean
 from kdx.plugins import KINDS, Entry, Registry
@@ -70,12 +71,12 @@ def component_rows(entry: Entry) -> Iterator[tuple[str, str, str, str]]:
         for name, part in component.borrows.items():
             yield "part", name, "part of a model", part
     for item in fields(component.Config):
-        yield "option", item.name, _type_name(item), _default(item)
+        yield "option", item.name, type_text(item), default_text(item)
 
 
 def _input_default(spec: Any) -> str:
     if isinstance(spec, Many):
-        return spec.default or "required"
+        return ", ".join(spec.default) or "required"
     return "required" if spec is REQUIRED else "none" if spec is OPTIONAL else str(spec)
 
 
@@ -88,11 +89,13 @@ def _range(knob: Knob) -> str:
     return "".join(f", {part}" for part in parts if part)
 
 
-def _type_name(item: Field[Any]) -> str:
-    return item.type if isinstance(item.type, str) else getattr(item.type, "__name__", str(item.type))
+def type_text(item: Field[Any]) -> str:
+    """The type of an option as its class says it."""
+    return spec.type_text(item.type)
 
 
-def _default(item: Field[Any]) -> str:
+def default_text(item: Field[Any]) -> str:
+    """The default of an option, or `required`."""
     if item.default is not MISSING:
         return "none" if item.default is None else str(item.default)
     if item.default_factory is not MISSING:

@@ -110,7 +110,7 @@ def _config_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from kdx.config import load
+    from kdx.config import given_text, load
     from kdx.report import comparison, summary_table
     from kdx.runs import Options, carry_out, prepare
 
@@ -121,7 +121,7 @@ def _run(options: argparse.Namespace) -> int:
     results = []
     for seed in seeds:
         overrides = [*options.overrides, *([f"seed={seed}"] if seed is not None else [])]
-        prepared = prepare(load(options.config, overrides), how)
+        prepared = prepare(load(options.config, overrides), how, given=given_text(options.config, overrides))
         if options.dry_run:
             _dry_run(prepared, how, out)
             continue

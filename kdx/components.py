@@ -34,11 +34,11 @@ OPTIONAL: Final = _Mark("OPTIONAL")
 """An input that the config may name; `forward` gets None when it does not."""
 
 
-@dataclass(frozen=True)
 class Many:
     """An input that takes any number of refs; `forward` gets a list. `*.logits` means that of every teacher."""
 
-    default: str | None = None
+    def __init__(self, *default: str) -> None:
+        self.default = default
 
 
 Input = str | Many | _Mark

@@ -15,6 +15,10 @@ from omegaconf.errors import OmegaConfBaseException
 from kdx.errors import ConfigError
 
 Mapped = dict[str, Any]
+_PATHS = ("checkpoint", "folder", "path")
+"""The options of a model section that name files or folders."""
+_IDENTITY = ("use", "extends")
+"""What a section is made from: where this changes, the options that stood beside it mean nothing any more."""
 
 
 def load(path: str | Path, overrides: Iterable[str] = ()) -> Mapped:
@@ -37,7 +41,7 @@ def load_mapping(given: Mapping[str, Any], folder: Path | None = None) -> Mapped
 
 
 def overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> Mapped:
-    """Lay one config over another: null removes, a changed `use` starts the node afresh, all else merges.
+    """Lay one config over another: null removes, a changed `use` or `extends` starts the node afresh, all else merges.
 
     Lists are replaced. Neither argument is changed.
     """
@@ -48,7 +52,7 @@ def overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> Mapped:
             result.pop(key, None)
         elif not isinstance(value, Mapping):
             result[key] = copy.deepcopy(value)
-        elif isinstance(under, Mapping) and ("use" not in value or value["use"] == under.get("use")):
+        elif isinstance(under, Mapping) and all(value.get(at, under.get(at)) == under.get(at) for at in _IDENTITY):
             result[key] = overlay(under, value)
         else:
             result[key] = overlay({}, value)
@@ -70,12 +74,18 @@ def parse_override(text: str) -> Mapped:
     return dict(nested)
 
 
+def given_text(path: Path, overrides: Iterable[str]) -> str:
+    """The text of a config file, with the overrides as comments below it."""
+    lines = [f"# changed on the command line: {override}\n" for override in overrides]
+    return path.read_text(encoding="utf-8").rstrip("\n") + "\n" + "".join(lines)
+
+
 def resolve(given: Mapped) -> Mapped:
     """Replace every `${...}`; raise `ConfigError` where one names nothing."""
     try:
         resolved = OmegaConf.to_container(OmegaConf.create(given), resolve=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{getattr(error, 'full_key', '') or 'config'}: {_one_line(error)}") from error
+        raise ConfigError(f"{getattr(error, 'full_key', '') or 'config'}: {_first_line(error)}") from error
     except (ValueError, TypeError, RecursionError) as error:
         raise ConfigError(f"config: {_one_line(error)}") from error
     if not isinstance(resolved, dict):
@@ -132,7 +142,7 @@ def _paths_from(given: Mapped, folder: Path) -> Mapped:
     given = copy.deepcopy(given)
     if isinstance(given.get("plugins"), list):
         given["plugins"] = [
-            str((folder / item).resolve()) if isinstance(item, str) and item.endswith(".py") else item
+            _absolute(item, folder) if isinstance(item, str) and item.endswith(".py") else item
             for item in given["plugins"]
         ]
     teachers = given.get("teachers")
@@ -140,17 +150,25 @@ def _paths_from(given: Mapped, folder: Path) -> Mapped:
     for model in models:
         if not isinstance(model, dict):
             continue
-        for key in ("checkpoint", "folder"):
+        for key in _PATHS:
             if isinstance(model.get(key), str):
-                model[key] = str((folder / model[key]).resolve())
+                model[key] = _absolute(model[key], folder)
         run = model.get("run")
         if isinstance(run, str):
-            model["run"] = {"extends": str((folder / run).resolve())}
+            model["run"] = {"extends": _absolute(run, folder)}
         elif isinstance(run, dict):
-            if isinstance(run.get("extends"), str):
-                run["extends"] = str((folder / run["extends"]).resolve())
+            above = run.get("extends")
+            if isinstance(above, str):
+                run["extends"] = _absolute(above, folder)
+            elif isinstance(above, list):
+                run["extends"] = [_absolute(item, folder) if isinstance(item, str) else item for item in above]
             model["run"] = _paths_from(run, folder)
     return given
+
+
+def _absolute(path: str, folder: Path) -> str:
+    """A path as seen from `folder`; one that starts with an interpolation says for itself where it lies."""
+    return path if path.startswith("${") else str((folder / path).resolve())
 
 
 class _Loader(yaml.SafeLoader):
@@ -159,6 +177,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, (str, int, float, bool)) and key in seen:
                 raise yaml.constructor.ConstructorError(
@@ -189,3 +209,8 @@ def _yaml(text: str) -> Any:
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
+
+
+def _first_line(error: BaseException) -> str:
+    """The message of an OmegaConf error, without what it says of its own types."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -169,7 +169,7 @@ def _visible(options: SplitOptions, labels: Tensor | None, train: Tensor) -> Ten
     if options.labelled is not None:
         count = _labelled_count(options.labelled, labels[candidates])
         if count < len(shown):
-            shown = _draw(labels, candidates, count, 1, seeded("labelled", options.split_seed))
+            shown = _draw(labels, candidates, count, min(1, count), seeded("labelled", options.split_seed))
     visible = torch.full_like(labels, -1)
     visible[shown] = labels[shown]
     return visible
@@ -210,7 +210,7 @@ def _draw(labels: Tensor | None, candidates: Tensor, count: int, least: int, gen
 
 
 def _quotas(sizes: list[int], count: int, least: int) -> list[int]:
-    """`count` shared out in proportion to `sizes`, no part above its size or, where `count` allows, below `least`."""
+    """`count` shared out in proportion to `sizes`, no part above its size or below `least`."""
     wanted = [size * count / sum(sizes) for size in sizes]
     given = [max(least, int(want)) for want in wanted]
     parts = range(len(sizes))

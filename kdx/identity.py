@@ -119,6 +119,7 @@ def _node(node: NodeSpec) -> dict[str, Any]:
         "inputs": dict(node.inputs),
         "knobs": {name: _knob(knob) for name, knob in node.knobs.items()},
         "borrows": dict(node.borrows),
+        "training": asdict(node.engine),
     }
 
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from kdx.calls import Key
 from kdx.components import Dataset, Metric, Updater
 from kdx.data import Loader, Splits, View, in_order
-from kdx.modules import Average, Knobs, Learner, Teachers, overrides
-from kdx.optim import make_optimizer
+from kdx.modules import Average, Knobs, Learner, Teachers, overrides, trained
+from kdx.optim import make_optimizer, set_lr
 from kdx.plan import Plan
 from kdx.randomness import Randomness
 from kdx.runtime import Runtime
@@ -81,9 +81,7 @@ def make_session(spec: RunSpec, plan: Plan, dataset: Dataset, splits: Splits, ru
     teachers, learner = Teachers(plan), Learner(plan)
     runtime.place(teachers)
     runtime.place(learner)
-    optimizer = make_optimizer(
-        learner.named_parameters(), options.optimizer, lr=0.0, weight_decay=options.weight_decay, device=runtime.device
-    )
+    optimizer = make_optimizer(trained(spec, learner), options.optimizer, device=runtime.device)
     runtime.prepare(learner, optimizer, options.clip)
     loader = Loader(splits.train, options.batch, spec.root.seed, spec.runtime.workers)
     steps_per_epoch, steps = length(spec, len(splits.train))
@@ -111,7 +109,8 @@ def train(session: Session, watchers: Watchers) -> None:
     for batch in batches(session):
         clock = session.clock
         knobs = session.knobs.at(clock)
-        lr = set_lr(session)
+        lr = session.schedule()
+        set_lr(session.runtime.optimizer, lr)
         terms, moved = step(session, batch, knobs)
         session.step += 1
         if session.average is not None:
@@ -176,14 +175,6 @@ def split(batch: Batch, count: int) -> list[Batch]:
     """A batch in `count` parts of nearly equal size."""
     chunks = {name: value.chunk(count) for name, value in batch.items()}
     return [{name: part[i] for name, part in chunks.items()} for i in range(len(chunks["index"]))]
-
-
-def set_lr(session: Session) -> float:
-    """Set the learning rate of the coming update."""
-    lr = session.schedule()
-    for group in session.runtime.optimizer.param_groups:
-        group["lr"] = lr
-    return lr
 
 
 def calibrate(session: Session) -> None:

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from kdx.calls import Call, Key, ModelCall, NodeCall, Values, execute, weighted
 from kdx.components import Node, Schedule
+from kdx.optim import Trained
 from kdx.plan import Plan
+from kdx.spec import RunSpec
 from kdx.taps import Tapped
 from kdx.types import Batch, Clock, Losses
 
@@ -134,6 +136,19 @@ class Average:
         torch._foreach_lerp_(self._average, self._source, 1 - decay)
         for mine, theirs in self._buffers:
             mine.copy_(theirs)
+
+
+def trained(spec: RunSpec, learner: Learner) -> list[Trained]:
+    """What the optimizer trains: the networks, then each node as its section says."""
+    decay = spec.train.weight_decay
+    groups = [Trained([*learner.models.parameters()], 1.0, decay)]
+    sections = {"targets": spec.targets, "align": spec.align, "losses": spec.losses}
+    for name, node in learner.nodes.items():
+        section, _, own = name.partition("/")
+        engine = sections[section][own].engine
+        node_decay = decay if engine.weight_decay is None else engine.weight_decay
+        groups.append(Trained([*node.parameters()], engine.lr_scale, node_decay))
+    return groups
 
 
 def overrides(node: Node, method: str) -> bool:

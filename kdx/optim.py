@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,30 +13,39 @@ from torch import nn
 from kdx.errors import ConfigError, did_you_mean
 
 WHERE = "train.optimizer"
+_UNFIT_OF_TORCH = {"optimizer", "lbfgs", "sparseadam", "muon"}
+"""They need closures, sparse gradients, or matrices only; timm has a `muon` for any parameters."""
+_UNFIT = {"adahessian"}
+"""It needs the graph of the gradient, which the engine does not keep."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Parameters that are trained alike: the learning rate times `lr_scale`, and their own weight decay."""
+
+    parameters: Sequence[nn.Parameter]
+    lr_scale: float
+    weight_decay: float
 
 
 def make_optimizer(
-    named: Iterable[tuple[str, nn.Parameter]],
-    options: Mapping[str, Any],
-    *,
-    lr: float,
-    weight_decay: float,
-    device: torch.device,
+    groups: Iterable[Trained], options: Mapping[str, Any], *, device: torch.device, peak: float = 0.0
 ) -> torch.optim.Optimizer:
     """The optimizer that `{use: name, ...}` names, fused where torch has that for the device.
 
-    Weight decay acts on matrices and kernels; biases and norm scales (at most one axis) have none. Raises
-    `ConfigError` for an unknown name or option.
+    Weight decay acts on matrices and kernels; biases and norm scales (at most one axis) have none. The learning rate
+    is `peak` until `set_lr` says otherwise; optimizers that scale their weight decay take it for the highest one.
+    Raises `ConfigError` for an unknown name or option.
     """
     factory, rest = read_optimizer(options)
     known = inspect.signature(factory).parameters
     if "fused" in known and "fused" not in rest and "foreach" not in rest and device.type in ("cuda", "cpu", "mps"):
         rest["fused"] = True
     if "lr" in known:
-        rest["lr"] = lr
+        rest["lr"] = peak
     try:
-        return factory(_groups(named, weight_decay), **rest)  # type: ignore[no-any-return]
-    except (ValueError, TypeError, RuntimeError) as error:
+        return factory(_groups(groups), **rest)  # type: ignore[no-any-return]
+    except (ValueError, TypeError, RuntimeError, AssertionError, ImportError) as error:
         raise ConfigError(f"{WHERE}: {options['use']} refuses its options: {error}") from error
 
 
@@ -43,53 +53,60 @@ def read_optimizer(options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The optimizer that `{use: name, ...}` names, and its options, checked against its signature."""
     rest = dict(options)
     use = rest.pop("use", None)
-    factory = _find(use, WHERE)
+    factory, own = _find(use, WHERE)
     known = inspect.signature(factory).parameters
     for key in rest:
         if key not in known or key in ("params", "lr", "weight_decay"):
             choices = [name for name in known if name not in ("params", "lr", "weight_decay", "self")]
             hint = f"; it is train.{key}" if key in ("lr", "weight_decay") else ""
             raise ConfigError(f"{WHERE}.{key}: {use} has no such option{hint}; {did_you_mean(key, choices)}")
-    return factory, rest
+    return factory, {**own, **rest}
 
 
 def optimizer_names() -> list[str]:
     """Every name that `use` may have."""
     import timm.optim
 
-    return sorted({*_torch_optimizers(), *timm.optim.list_optimizers()})
+    return sorted({*_torch_optimizers(), *timm.optim.list_optimizers()} - _UNFIT)
 
 
-def _find(use: Any, where: str) -> Any:
+def _find(use: Any, where: str) -> tuple[Any, dict[str, Any]]:
+    """What makes the optimizer, and the options that its name implies."""
     if not isinstance(use, str):
         raise ConfigError(f"{where}: it says no `use:`; expected the name of an optimizer, as in sgd or adamw")
     ours = _torch_optimizers()
     if use.lower() in ours:
-        return ours[use.lower()]
+        return ours[use.lower()], {}
     import timm.optim
 
-    if use.lower() in timm.optim.list_optimizers():
-        return timm.optim.get_optimizer_class(use.lower(), bind_defaults=True)
+    if use.lower() in optimizer_names():
+        # In timm, `momentum` and `nesterov` name optimizers that get their momentum from its training script.
+        momentum = {"momentum": 0.9} if timm.optim.get_optimizer_info(use.lower()).has_momentum else {}
+        return timm.optim.get_optimizer_class(use.lower(), bind_defaults=True), momentum
     raise ConfigError(f"{where}.use: no optimizer is named {use!r}; {did_you_mean(use, optimizer_names())}")
 
 
 def _torch_optimizers() -> dict[str, type[torch.optim.Optimizer]]:
-    unfit = ("Optimizer", "LBFGS", "SparseAdam", "Muon")  # they need closures, sparse gradients, or matrices only
     return {
         name.lower(): value
         for name, value in vars(torch.optim).items()
-        if inspect.isclass(value) and issubclass(value, torch.optim.Optimizer) and name not in unfit
+        if inspect.isclass(value) and issubclass(value, torch.optim.Optimizer) and name.lower() not in _UNFIT_OF_TORCH
     }
 
 
-def _groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    for _, parameter in named:
-        if parameter.requires_grad:
-            (decayed if parameter.ndim > 1 else plain).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": plain, "weight_decay": 0.0},
+def _groups(groups: Iterable[Trained]) -> list[dict[str, Any]]:
+    found: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for group in groups:
+        for parameter in group.parameters:
+            if parameter.requires_grad:
+                decay = group.weight_decay if parameter.ndim > 1 else 0.0
+                found.setdefault((group.lr_scale, decay), []).append(parameter)
+    return [
+        {"params": parameters, "lr_scale": scale, "weight_decay": decay} for (scale, decay), parameters in found.items()
     ]
-    return [group for group in groups if group["params"]]
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of the coming update."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]

@@ -315,6 +315,9 @@ def _notes(calls: list[Call], teacher_side: set[str]) -> Iterator[str]:
     for call in calls:
         if isinstance(call, ModelCall) and call.name in teacher_side and call.module.stops_early:
             yield f"{call.where} stops early: nothing after {', '.join(call.module.wanted)} is asked of it"
+        if isinstance(call, ModelCall):
+            for name, stage in call.module.stages_meant.items():
+                yield f"{call.name}.{name} is stage {stage}"
         describe = getattr(call.module, "describe", None)
         if isinstance(call, NodeCall) and describe is not None:
             yield f"{call.where}: {describe()}"

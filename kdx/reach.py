@@ -9,6 +9,7 @@ from typing import Any
 from kdx.calls import Key
 from kdx.errors import PlanError, did_you_mean
 from kdx.spec import NodeSpec, RunSpec
+from kdx.taps import is_depth
 from kdx.types import DataFacts
 
 
@@ -164,7 +165,7 @@ class Resolver:
             raise PlanError(
                 f"{where}: say which tensor of {owner}; it has: {', '.join(sorted(known)) or 'its outputs'}"
             )
-        if offers is not None and name not in known:
+        if offers is not None and name not in known and not is_depth(name):
             raise PlanError(f"{where}: {owner} has no {name!r}; {did_you_mean(name, known, what='it has')}")
         return name
 

@@ -34,7 +34,7 @@ from kdx.reach import Reach, reach
 from kdx.report import write_report
 from kdx.result import Result, read_result, write_result
 from kdx.runtime import Runtime
-from kdx.spec import ModelSpec, NodeSpec, RunSpec, check
+from kdx.spec import ModelSpec, NodeSpec, RunSpec, check, full_config
 from kdx.student import STUDENT
 from kdx.table import plan_text
 from kdx.types import Batch, RunInfo
@@ -72,18 +72,29 @@ class Prepared:
     folder: Path
     needs: Mapping[str, Prepared]
     plain: Prepared | None
+    given: str
 
 
-def prepare(config: Mapping[str, Any], options: Options | None = None, *, registry: Registry | None = None) -> Prepared:
-    """Check a resolved config, open its data, and name its folder and those of the runs that it needs."""
+def prepare(
+    config: Mapping[str, Any],
+    options: Options | None = None,
+    *,
+    registry: Registry | None = None,
+    given: str | None = None,
+) -> Prepared:
+    """Check a resolved config, open its data, and name its folder and those of the runs that it needs.
+
+    `given` is the text that the run folder keeps as the config that a person wrote.
+    """
     options = options or Options()
+    given = to_yaml(config) if given is None else given
     config = expand_runs(config)
     if options.networks:
         config = _with_networks(config, options.networks)
     if options.data is not None:
         kept = {item.name for item in fields(SplitOptions)}
-        given = config.get("data") or {}
-        config["data"] = {"use": "tensors", **{key: value for key, value in given.items() if key in kept}}
+        data = config.get("data") or {}
+        config["data"] = {"use": "tensors", **{key: value for key, value in data.items() if key in kept}}
     if registry is None:
         plugins = config.get("plugins") or []
         if not isinstance(plugins, list) or not all(isinstance(item, str) for item in plugins):
@@ -106,7 +117,7 @@ def prepare(config: Mapping[str, Any], options: Options | None = None, *, regist
     if spec.root.baseline and (derived := plain_config(spec, reached.models, splits)) is not None:
         own = {name: net for name, net in options.networks.items() if name == "student"}
         plain = prepare(derived, replace(options, networks=own), registry=registry)
-    return Prepared(spec, dataset, splits, sample, reached, digest, folder, needs, plain)
+    return Prepared(spec, dataset, splits, sample, reached, digest, folder, needs, plain, given)
 
 
 def build_plan(prepared: Prepared, options: Options, *, trained: bool, device: torch.device | None = None) -> Plan:
@@ -277,7 +288,8 @@ def _train(prepared: Prepared, options: Options) -> Result:
     plan = build_plan(prepared, options, trained=True, device=runtime.device)
     session = make_session(spec, plan, prepared.dataset, prepared.splits, runtime)
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "config.yaml", to_yaml(spec.config))
+    write_text(folder / "config.given.yaml", prepared.given)
+    write_text(folder / "config.yaml", to_yaml(full_config(spec)))
     write_text(folder / "plan.txt", plan_text(plan))
     folders = {name: need.folder.name for name, need in prepared.needs.items()}
     about = environment(

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from kdx.components import OPTIONAL, REQUIRED, Knob, Many, Node, Schedule
 from kdx.data import SplitOptions
@@ -113,6 +113,17 @@ class ModelSpec:
 
 
 @dataclass(frozen=True)
+class NodeOptions:
+    """What every node may say besides the options of its component: how its own parameters are trained.
+
+    `lr_scale` multiplies the learning rate; `weight_decay` stands in for that of `train`.
+    """
+
+    lr_scale: float = 1.0
+    weight_decay: float | None = None
+
+
+@dataclass(frozen=True)
 class NodeSpec:
     """A target, aligner or loss. `inputs` maps a parameter to a ref, a tuple of refs (`Many`), or None (absent)."""
 
@@ -123,6 +134,7 @@ class NodeSpec:
     inputs: Mapping[str, Any]
     knobs: Mapping[str, KnobSpec]
     borrows: Mapping[str, str]
+    engine: NodeOptions = field(default_factory=NodeOptions)
 
 
 @dataclass(frozen=True)
@@ -209,22 +221,25 @@ def check(config: Mapping[str, Any], registry: Registry) -> RunSpec:
 def read_options(schema: type[Any], options: Mapping[str, Any], where: str, who: str = "") -> Any:
     """An instance of a dataclass from plain options: unknown keys, missing keys and wrong types are refused."""
     prefix = f"{where}." if where else ""
-    known = [item.name for item in fields(schema)]
+    known = {item.name: item.type for item in fields(schema)}
     for key in options:
         if key not in known:
             raise ConfigError(f"{prefix}{key}: unknown option{who}; {did_you_mean(str(key), known, what='options')}")
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(schema), dict(options))
+        merged = OmegaConf.structured(schema)
+        for option, value in options.items():  # one by one, so that an error can always be given a place
+            try:
+                merged = OmegaConf.merge(merged, {option: value})
+            except (OmegaConfBaseException, ValueError, TypeError) as error:
+                key = getattr(error, "full_key", None) or option
+                expected = f"found {_at(options, key)!r}, expected {type_text(known[option])}"
+                raise ConfigError(f"{prefix}{key}: {expected}{who}: {_detail(error)}") from error
         return OmegaConf.to_object(merged)
-    except KdxError:
-        raise
-    except OmegaConfBaseException as error:
+    except MissingMandatoryValue as error:
         key = getattr(error, "full_key", None) or ""
-        found = _at(options, key)
-        detail = str(error).strip().splitlines()[0]
-        raise ConfigError(f"{prefix}{key}: found {found!r}{who}: {detail}") from error
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"{where or 'config'}: {error}{who}") from error
+        raise ConfigError(f"{prefix}{key}: it is missing{who}; expected {type_text(known.get(key))}") from error
+    except (OmegaConfBaseException, ValueError, TypeError) as error:
+        raise ConfigError(f"{where or 'config'}: {_detail(error)}{who}") from error
 
 
 def read_knob(value: Any, knob: Knob, where: str, registry: Registry) -> KnobSpec:
@@ -260,6 +275,45 @@ def split_use(options: Any, where: str) -> tuple[str, dict[str, Any]]:
 def plain_options(options: Any) -> dict[str, Any]:
     """A component's options as a mapping, for digests and for showing."""
     return asdict(options) if is_dataclass(options) and not isinstance(options, type) else {}
+
+
+def type_text(annotation: Any) -> str:
+    """The type of an option as its class says it."""
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation).removeprefix("typing.")
+
+
+def full_config(spec: RunSpec) -> dict[str, Any]:
+    """The config with every default filled in. It loads as the same run."""
+    config = asdict(spec.root)
+    config["data"] = {"use": spec.data.entry.component.name, **asdict(spec.splits), **plain_options(spec.data.options)}
+    config["student"] = _full_model(spec.student)
+    config["teachers"] = {name: _full_model(model) for name, model in spec.teachers.items()}
+    for section, nodes in (("targets", spec.targets), ("align", spec.align), ("losses", spec.losses)):
+        config[section] = {name: _full_node(node) for name, node in nodes.items()}
+    config["metrics"] = {
+        part.name: {"use": part.entry.component.name, **plain_options(part.options)} for part in spec.metrics
+    }
+    updater = {"use": spec.updater.entry.component.name, **plain_options(spec.updater.options)}
+    config["train"] = {**asdict(spec.train), "lr": knob_config(spec.lr), "updater": updater}
+    config["runtime"] = asdict(spec.runtime)
+    return config
+
+
+def knob_config(knob: KnobSpec) -> Any:
+    """A knob as a config says it."""
+    return {"use": knob.name, **plain_options(knob.config)} if isinstance(knob, Schedule) else knob
+
+
+def _full_model(model: ModelSpec) -> dict[str, Any]:
+    return {"use": model.entry.component.name, **asdict(model.engine), **plain_options(model.options)}
+
+
+def _full_node(node: NodeSpec) -> dict[str, Any]:
+    inputs = {name: list(ref) if isinstance(ref, tuple) else ref for name, ref in node.inputs.items()}
+    knobs = {name: knob_config(knob) for name, knob in node.knobs.items()}
+    borrows = {"borrows": dict(node.borrows)} if node.borrows else {}
+    options = plain_options(node.options)
+    return {"use": node.entry.component.name, "inputs": inputs, **knobs, **options, **borrows, **asdict(node.engine)}
 
 
 def _section(options: Any, where: str) -> dict[str, Any]:
@@ -305,15 +359,19 @@ def _node(section: str, name: str, options: Any, registry: Registry) -> NodeSpec
     entry = registry.find(kind, use, f"{where}.use")
     component: type[Node] = entry.component
     knobs = {**component.knobs, **({"weight": Knob(1.0)} if section == "losses" else {})}
-    inputs = dict(rest.pop("inputs", None) or {})
+    inputs = _section(rest.pop("inputs", {}), f"{where}.inputs")
     if section == "align":
         inputs |= {key: rest.pop(key) for key in ("source", "like") if key in rest}
-    borrows = {**component.borrows, **dict(rest.pop("borrows", None) or {})}
+    borrows = {**component.borrows, **_section(rest.pop("borrows", {}), f"{where}.borrows")}
     given_knobs = {key: rest.pop(key) for key in knobs if key in rest}
+    own = {item.name for item in fields(NodeOptions)}
+    engine = read_options(NodeOptions, {key: rest.pop(key) for key in own if key in rest}, where)
+    if not engine.lr_scale >= 0 or not (engine.weight_decay or 0) >= 0:
+        raise ConfigError(f"{where}: lr_scale and weight_decay are 0 or more")
     known = {item.name for item in fields(component.Config)}
     for key in rest:
         if key not in known:
-            choices = known | set(knobs) | {"inputs"}
+            choices = known | set(knobs) | own | {"inputs", *(["source", "like"] if section == "align" else [])}
             raise ConfigError(
                 f"{where}.{key}: {use} (plugin {entry.plugin.name}) has no such option; "
                 f"{did_you_mean(key, choices, what='options')}"
@@ -323,11 +381,13 @@ def _node(section: str, name: str, options: Any, registry: Registry) -> NodeSpec
             raise ConfigError(
                 f"{where}.inputs.{key}: {use} reads no such input; {did_you_mean(key, component.inputs, what='inputs')}"
             )
-    for key in borrows:
+    for key, part in borrows.items():
         if key not in component.borrows:
             raise ConfigError(
                 f"{where}.borrows.{key}: {use} borrows no such part; {did_you_mean(key, component.borrows)}"
             )
+        if not isinstance(part, str):
+            raise ConfigError(f"{where}.borrows.{key}: found {part!r}, expected a part of a model, as in student.fc")
     return NodeSpec(
         name,
         where,
@@ -342,12 +402,13 @@ def _node(section: str, name: str, options: Any, registry: Registry) -> NodeSpec
             for key, knob in knobs.items()
         },
         borrows,
+        engine,
     )
 
 
 def _read_input(found: Any, spec: Any, where: str, use: str) -> Any:
     if isinstance(spec, Many):
-        found = spec.default if found is None else found
+        found = list(spec.default) or None if found is None else found
         if found is None:
             raise ConfigError(f"{where}: {use} needs at least one ref here")
         found = [found] if isinstance(found, str) else found
@@ -364,7 +425,7 @@ def _read_input(found: Any, spec: Any, where: str, use: str) -> Any:
 
 
 def _check_names(root: RootOptions) -> None:
-    owners: dict[str, str] = {"student": "student", "batch": "the batch"}
+    owners: dict[str, str] = {"student": "student", "batch": "the batch", "losses": "the section of losses"}
     for section in ("teachers", "targets", "align"):
         for name in getattr(root, section):
             where = f"{section}.{name}"
@@ -419,7 +480,16 @@ def _check_ranges(root: RootOptions, train: TrainOptions, runtime: RuntimeOption
 
 
 def _at(options: Mapping[str, Any], key: str) -> Any:
+    """What stands at the key of an OmegaConf error, as in `values.a[2]`; the nearest thing above where it is gone."""
     value: Any = options
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
+    for part in key.replace("[", ".").replace("]", "").split("."):
+        if isinstance(value, Mapping) and part in value:
+            value = value[part]
+        elif isinstance(value, (list, tuple)) and part.isdigit() and int(part) < len(value):
+            value = value[int(part)]
     return value
+
+
+def _detail(error: BaseException) -> str:
+    """The message of an OmegaConf error, without what it says of its own types."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

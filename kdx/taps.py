@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,7 @@ EMBEDDING = "embedding"
 FEATURES = "features"
 """The last feature map or token sequence of a timm net, before pooling."""
 STANDARD = (LOGITS, EMBEDDING, FEATURES)
+_DEPTH = re.compile(r"depth_([1-9][0-9]?|100)")
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ def read_taps(taps: Mapping[str, Any], where: str) -> dict[str, Tap]:
     read: dict[str, Tap] = {}
     for name, value in taps.items():
         at = f"{where}.{name}"
-        if name in STANDARD:
+        if name in STANDARD or is_depth(name):
             raise ConfigError(f"{at}: {name!r} is what every model offers already; choose another name")
         if not str(name).isidentifier():
             raise ConfigError(f"{at}: {name!r} cannot be part of a ref; use letters, digits and underscores")
@@ -119,7 +121,9 @@ class Tapped(nn.Module):
         self.network = network
         self.wanted = tuple(wanted)
         self._names = (*taps, EMBEDDING)
-        used = {name: tap for name, tap in taps.items() if name in self.wanted}
+        depths = {name: Tap(depth_stage(network.net, name, where)) for name in self.wanted if is_depth(name)}
+        used = {name: tap for name, tap in {**depths, **taps}.items() if name in self.wanted}
+        self.stages_meant = {name: str(tap.path) for name, tap in depths.items()}
         self._stages = {name: _stage(network.net, tap.path, f"{where}.taps.{name}") for name, tap in used.items()
                         if isinstance(tap.path, int)}  # fmt: skip
         self._indices = sorted(set(self._stages.values()))
@@ -223,6 +227,19 @@ class Tapped(nn.Module):
                     f"{did_you_mean(name, [*map(str, output), *self._names])}"
                 )
         return {name: output[name] for name in self._final}
+
+
+def is_depth(name: str) -> bool:
+    """Whether a field names a stage by its relative depth, as `depth_50` does."""
+    return _DEPTH.fullmatch(name) is not None
+
+
+def depth_stage(net: nn.Module, name: str, where: str) -> int:
+    """The stage at a relative depth: `depth_100` is the last one, `depth_50` the one that ends the first half."""
+    count = stage_count(net)
+    if not count:
+        raise PlanError(f"{where}: {type(net).__name__} has no numbered stages, so no {name!r}; name a tap instead")
+    return -(-int(name.removeprefix("depth_")) * count // 100) - 1
 
 
 def stage_count(net: nn.Module) -> int:

@@ -97,17 +97,23 @@ def _facts(name: str, tensor: Tensor) -> StreamFacts:
 
 def _statistics(tensor: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation per channel (axis 1), on the scale of `to_unit`."""
-    total = torch.zeros(tensor.shape[1], dtype=torch.float64)
-    squares = torch.zeros_like(total)
-    count = tensor.numel() / tensor.shape[1]
+    moments = torch.zeros(2, tensor.shape[1], dtype=torch.float64)
     for first in range(0, len(tensor), 1024):
-        values = to_unit(tensor[first : first + 1024]).double().transpose(0, 1).flatten(1)
-        total += values.sum(1)
-        squares += values.square().sum(1)
-    mean = total / count
+        moments += _sums(tensor[first : first + 1024].transpose(0, 1).flatten(1))
+    mean, square = moments * tensor.shape[1] / tensor.numel()
+    std = (square - mean.square()).clamp(min=0).sqrt()
     # A channel that never varies would make a normalised input infinite.
-    std = (squares / count - mean.square()).clamp(min=0).sqrt().clamp(min=1 / 255)
-    return tuple(mean.tolist()), tuple(std.tolist())
+    return tuple(mean.tolist()), tuple(std.clamp(min=1 / 255).tolist())
+
+
+def _sums(channels: Tensor) -> Tensor:
+    """For channels `[C, N]` the sums of values and of squares, float64 `[2, C]`, on the scale of `to_unit`."""
+    if channels.dtype == torch.uint8 and len(channels) <= 4:  # histograms take a third of the time
+        counts = torch.stack([channel.bincount(minlength=256) for channel in channels]).double()
+        values = torch.arange(256, dtype=torch.float64) / 255
+        return torch.stack([counts @ values, counts @ values.square()])
+    values = to_unit(channels).double()
+    return torch.stack([values.sum(1), values.square().sum(1)])
 
 
 def digest(parts: Iterable[bytes | str]) -> str:
@@ -125,7 +131,7 @@ def tensor_parts(tensors: Mapping[str, Tensor]) -> Iterable[bytes | str]:
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
         yield f"{name} {tensor.dtype} {tuple(tensor.shape)}"
-        yield tensor.view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+        yield tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def sampled(split: Split, count: int = 64) -> Iterable[bytes | str]:

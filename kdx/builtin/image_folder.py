@@ -84,10 +84,7 @@ class ImageFolder(ImageDataset):
         # Spread over all classes: the first images alone would all be of one.
         every = [file for group in self._files["train"].values() for file in group]
         step = max(1, len(every) // SEEN_FOR_CHANNELS)
-        pictures = [_opened(file) for file in every[::step]] if self.config.channels == "auto" else []
-        channels = read_channels(self.config.channels, pictures)
-        for picture in pictures:
-            picture.close()
+        channels = read_channels(self.config.channels, (_opened(file) for file in every[::step]))
         labels = {name: label for label, name in enumerate(self._files["train"])}
         return {
             split: FileSplit(

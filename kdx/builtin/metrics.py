@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics import MetricCollection, SumMetric
 from torchmetrics.classification import (
     MulticlassAccuracy,
     MulticlassCalibrationError,
@@ -56,7 +56,8 @@ class Classification(Metric):
         ).to(device)
         self._confusion = MulticlassConfusionMatrix(**common).to(device)
         self._calibration = MulticlassCalibrationError(n_bins=config.bins, norm="l1", **common).to(device)
-        self._cross_entropy = MeanMetric(nan_strategy="disable").to(device)
+        # Not a MeanMetric: told to let NaN pass, it forgets its weights too.
+        self._cross_entropy = SumMetric(nan_strategy="disable").to(device)
 
     def update(self, logits: Tensor, label: Tensor) -> None:  # type: ignore[override]
         if logits.ndim != 2 or logits.shape[1] != self._classes:
@@ -70,18 +71,17 @@ class Classification(Metric):
         self._confusion.update(answers, label)
         # Given logits, torchmetrics would take those that happen to lie in 0..1 for probabilities.
         self._calibration.update(logits.softmax(1), label)
-        seen = (label >= 0).sum()
-        total = F.cross_entropy(logits, label, ignore_index=-1, reduction="sum")
-        self._cross_entropy.update(total / seen.clamp(min=1), seen)
+        self._cross_entropy.update(F.cross_entropy(logits, label, ignore_index=-1, reduction="sum"))
 
     def compute(self) -> dict[str, float]:
         """The numbers so far; raises DataError where no sample had a label."""
-        if not self._confusion.update_called or not self.confusion().any():
+        seen = self.confusion().sum() if self._confusion.update_called else 0
+        if not seen:
             raise DataError("metrics.classification: no sample with a label was seen, so there is nothing to measure")
         values = {
             **self._answers.compute(),
             "calibration_error": self._calibration.compute(),
-            "cross_entropy": self._cross_entropy.compute(),
+            "cross_entropy": self._cross_entropy.compute() / seen,
         }
         return {name: float(value) for name, value in values.items()}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -59,13 +59,20 @@ def is_grey(picture: Image.Image) -> bool:
     return picture.mode in ("1", "L", "LA", "F") or picture.mode.startswith("I")
 
 
-def read_channels(found: str, pictures: Sequence[Image.Image]) -> int:
-    """The number of channels that `data.channels` means; with `auto`, 1 where every picture is stored as grey."""
+def read_channels(found: str, pictures: Iterable[Image.Image]) -> int:
+    """The number of channels that `data.channels` means; with `auto`, 1 where every picture is stored as grey.
+
+    Pictures are looked at up to the first one with colour, and closed.
+    """
     if found not in CHANNELS:
         raise ConfigError(f"data.channels: found {found!r}, expected one of {', '.join(CHANNELS)}")
     if found != "auto":
         return int(found)
-    return 1 if all(is_grey(picture) for picture in pictures) else 3
+    for picture in pictures:
+        with picture:
+            if not is_grey(picture):
+                return 3
+    return 1
 
 
 def read_size(found: int) -> int:

@@ -81,8 +81,8 @@ class TimmReader(ImageDataset):
             ) from error
         if not hasattr(reader, "__getitem__") or not hasattr(reader, "class_to_idx"):
             raise ConfigError(
-                f"data.reader: timm's reader {config.reader!r} of {config.root!r} does not give classes, and samples by "
-                "number; expected a folder or hfds/NAME (for data sets of torchvision there is `use: torchvision`)"
+                f"data.reader: timm's reader {config.reader!r} of {config.root!r} does not give classes and "
+                "numbered samples; expected a folder or hfds/NAME (for those of torchvision: `use: torchvision`)"
             )
         return reader
 
@@ -90,8 +90,7 @@ class TimmReader(ImageDataset):
     def splits(self) -> dict[str, Split]:
         train = self._readers["train"]
         seen = range(0, len(train), max(1, len(train) // SEEN_FOR_CHANNELS))
-        pictures = [_read_picture(train, i) for i in seen] if self.config.channels == "auto" else []
-        channels = read_channels(self.config.channels, pictures)
+        channels = read_channels(self.config.channels, (_read_picture(train, i) for i in seen))
         return {
             split: _ReaderSplit(reader, labels_of(reader), self._size, channels)
             for split, reader in self._readers.items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -91,13 +92,14 @@ class TorchvisionDataset(ImageDataset):
         from torchvision import datasets
 
         config = self.config
+        make = getattr(datasets, config.dataset)
+        if config.download and "download" not in inspect.signature(make).parameters:
+            raise ConfigError(f"data.download: torchvision cannot download {config.dataset}; it must lie in data.root")
         extra = {"download": True} if config.download else {}
         sources = {}
         for split, (argument, value) in TORCHVISION[config.dataset].items():
             try:
-                sources[split] = getattr(datasets, config.dataset)(config.root, **{argument: value}, **extra)
-            except TypeError as error:
-                raise ConfigError(f"data.download: torchvision cannot download {config.dataset}: {error}") from error
+                sources[split] = make(config.root, **{argument: value}, **extra)
             except (RuntimeError, OSError) as error:
                 hint = "" if config.download else "; put it there, or let it be fetched with data.download: true"
                 raise DataError(
@@ -121,7 +123,7 @@ class TorchvisionDataset(ImageDataset):
             size = self._size or int(images.shape[-1])  # type: ignore[union-attr]
             if channels is None:
                 seen = range(min(len(source), SEEN_FOR_CHANNELS))
-                channels = read_channels(self.config.channels, [source[i][0] for i in seen])
+                channels = read_channels(self.config.channels, (source[i][0] for i in seen))
             where = f"data: sample {{}} of the {split} split of {self.config.dataset}"
             splits[split] = _SourceSplit(source, where, labels, size, channels)
         return splits
