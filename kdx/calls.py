@@ -26,10 +26,10 @@ class Borrowed:
     """A part of a model that a node may call: gradient flows to its input and none to its weights."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._module = module
+        self.module = module
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        module = self._module
+        module = self.module
         if any(parameter.requires_grad for parameter in module.parameters()):
             fixed = {name: parameter.detach() for name, parameter in module.named_parameters()}
             result: Tensor = torch.func.functional_call(module, fixed, inputs)
@@ -108,7 +108,8 @@ class NodeCall:
             raise
         if isinstance(result, Mapping):
             for key in self.gives:
-                values[key] = result[key.rpartition(".")[2]]
+                if (name := key.rpartition(".")[2]) in result:
+                    values[key] = result[name]
         else:
             values[self.gives[0]] = result
 

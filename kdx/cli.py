@@ -16,6 +16,8 @@ from rich_argparse import RawDescriptionRichHelpFormatter
 from kdx.errors import KdxError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from kdx.runs import Prepared
 
 FAILED, REFUSED, STOPPED = 1, 2, 75
@@ -85,6 +87,9 @@ def _parser() -> argparse.ArgumentParser:
 
     explain = add("explain", _explain, "Show the plan of a config: what is built, what reads what, which shapes.")
     _config_arguments(explain)
+    explain.add_argument(
+        "--taps", metavar="MODEL", help="list what can be tapped in a model of the config (student, or a teacher's name)"
+    )
     explain.add_argument("--mermaid", action="store_true", help="print a Mermaid flow chart")
     explain.add_argument("--text", action="store_true", help="print plain text, made for diff")
 
@@ -158,7 +163,11 @@ def _explain(options: argparse.Namespace) -> int:
     from kdx.table import plan_mermaid, plan_table, plan_text, remarks
 
     how = Options(quiet=True)
-    plan = build_plan(prepare(load(options.config, options.overrides), how), how, trained=False)
+    prepared = prepare(load(options.config, options.overrides), how)
+    if options.taps is not None:
+        Console().print(_tap_table(prepared, options.taps))
+        return 0
+    plan = build_plan(prepared, how, trained=False)
     if options.mermaid:
         sys.stdout.write(plan_mermaid(plan))
     elif options.text:
@@ -169,6 +178,18 @@ def _explain(options: argparse.Namespace) -> int:
         for line in remarks(plan):
             out.print(f"- {line}", markup=False, highlight=False, soft_wrap=True)
     return 0
+
+
+def _tap_table(prepared: Prepared, name: str) -> Table:
+    from kdx.errors import ConfigError, did_you_mean
+    from kdx.plan import build_model
+    from kdx.tap_list import tap_table, tappable
+
+    spec = prepared.spec
+    if name not in spec.models:
+        raise ConfigError(f"--taps: the config has no model {name!r}; {did_you_mean(name, spec.models)}")
+    network = build_model(spec.models[name], prepared.splits.facts, spec.root.seed)
+    return tap_table(f"{name}: what can be tapped", tappable(network, prepared.sample))
 
 
 def _plugins(options: argparse.Namespace) -> int:

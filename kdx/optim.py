@@ -82,7 +82,10 @@ def _find(use: Any, where: str) -> tuple[Any, dict[str, Any]]:
     if use.lower() in optimizer_names():
         # In timm, `momentum` and `nesterov` name optimizers that get their momentum from its training script.
         momentum = {"momentum": 0.9} if timm.optim.get_optimizer_info(use.lower()).has_momentum else {}
-        return timm.optim.get_optimizer_class(use.lower(), bind_defaults=True), momentum
+        try:
+            return timm.optim.get_optimizer_class(use.lower(), bind_defaults=True), momentum
+        except (AssertionError, ImportError) as error:
+            raise ConfigError(f"{where}.use: {use} cannot be had on this machine: {error}") from error
     raise ConfigError(f"{where}.use: no optimizer is named {use!r}; {did_you_mean(use, optimizer_names())}")
 
 

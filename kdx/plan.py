@@ -73,7 +73,7 @@ def make_plan(
     sample = {name: value[:2].to(device) for name, value in sample.items()}
     reached = reach(spec, facts)
     models = {
-        name: _build_model(spec.models[name], facts, spec.root.seed, networks or {}, ready).to(device)
+        name: build_model(spec.models[name], facts, spec.root.seed, networks, ready).to(device)
         for name in reached.models
     }
     values: Values = {f"batch.{name}": value for name, value in sample.items()}
@@ -107,14 +107,18 @@ def make_plan(
     )  # fmt: skip
 
 
-def _build_model(
-    spec: ModelSpec, facts: DataFacts, seed: int, networks: Mapping[str, nn.Module], ready: Ready | None
+def build_model(
+    spec: ModelSpec,
+    facts: DataFacts,
+    seed: int,
+    networks: Mapping[str, nn.Module] | None = None,
+    ready: Ready | None = None,
 ) -> Network:
     """A network whose first weights depend on the seed and its role alone."""
     streams = _streams(spec, facts)
     with torch.random.fork_rng(), warnings.catch_warnings():
         torch.manual_seed(derive_seed(seed, "model", spec.name))
-        if spec.name in networks:
+        if networks is not None and spec.name in networks:
             own = networks[spec.name]
             network = own if isinstance(own, Network) else Network(own, streams)
         else:

@@ -113,7 +113,7 @@ class Resolver:
         return parts
 
     def keys(self, ref: str, where: str) -> list[Key]:
-        """The keys of a ref that may stand for several: `*.logits` is that of every frozen teacher."""
+        """The keys of a ref that may stand for several: `*.logits` is that of every teacher."""
         owner, _, name = ref.partition(".")
         if owner != "*":
             return [self.key(ref, where)]

@@ -62,10 +62,14 @@ class _Stop(Exception):  # noqa: N818  (it is no error)
 
 @dataclass
 class _Captured:
-    """What the hooks of one network have seen in the current forward pass."""
+    """What the hooks of one network have seen in the current forward pass.
+
+    `versions` counts the changes of a tensor in place at the time when it was taken, for each time that its module
+    ran; it is kept only while `protect` looks.
+    """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
-    versions: dict[str, int] = field(default_factory=dict)
+    versions: dict[str, list[int]] | None = None
     cloned: set[str] = field(default_factory=set)
     stop_at: int = 0
     active: bool = False
@@ -82,7 +86,8 @@ class _Captured:
             value = value[0]
         if not isinstance(value, Tensor):
             raise PlanError(f"tap {name!r}: the module gives a {type(value).__name__}, not a tensor")
-        self.versions[name] = value._version
+        if self.versions is not None:
+            self.versions.setdefault(name, []).append(value._version)
         self.tensors[name] = value.clone() if name in self.cloned else value
         if len(self.tensors) == self.stop_at:
             raise _Stop
@@ -170,11 +175,28 @@ class Tapped(nn.Module):
         return answer
 
     def protect(self, batch: Batch) -> None:
-        """Find the taps that the net changes in place after they were taken, and clone them from now on."""
-        seen: dict[str, Tensor] = self.forward(batch)
-        for name in self._hooked:
-            if name in seen and name != EMBEDDING and seen[name]._version != self._captured.versions[name]:
-                self._captured.cloned.add(name)
+        """Find the taps that the net changes in place after they were taken, and clone them from now on.
+
+        Raises `PlanError` for a module that runs more than once in a pass: which of its tensors is meant is unknown.
+        """
+        captured = self._captured
+        stop_at = captured.stop_at
+        try:
+            captured.stop_at, captured.versions = 0, {}
+            self.forward(batch)
+            for name, versions in captured.versions.items():
+                if len(versions) > 1:
+                    raise PlanError(
+                        f"tap {name!r} of {type(self.network.net).__name__}: the module runs {len(versions)} times in "
+                        "one pass; tap one that runs once, such as the block around it"
+                    )
+            captured.stop_at, captured.versions = stop_at, {}
+            seen: dict[str, Tensor] = self.forward(batch)
+            for name, versions in captured.versions.items():
+                if name != EMBEDDING and seen[name]._version != versions[0]:
+                    captured.cloned.add(name)
+        finally:
+            captured.stop_at, captured.versions = stop_at, None
 
     @property
     def stops_early(self) -> bool:
@@ -212,6 +234,8 @@ class Tapped(nn.Module):
         return found
 
     def _named(self, output: Any) -> dict[str, Tensor]:
+        if not self._final:
+            return {}
         if isinstance(output, Tensor):
             output = {LOGITS: output}
         elif isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
@@ -276,9 +300,14 @@ def _find_module(net: nn.Module, path: str, where: str) -> nn.Module:
 
 
 def classifier_of(net: nn.Module) -> nn.Module | None:
-    """The module that turns an embedding into logits: timm's classifier, else the last linear layer."""
+    """The module that turns an embedding into logits: timm's classifier, else the last linear layer.
+
+    Of a net with several classifiers, as distilled transformers have them, it is the first.
+    """
     getter = getattr(net, "get_classifier", None)
     found = getter() if callable(getter) else None
+    if isinstance(found, (tuple, list)) and found:
+        found = found[0]
     if isinstance(found, nn.Module):
         return found
     linear = [module for module in net.modules() if isinstance(module, nn.Linear)]

@@ -65,6 +65,7 @@ class ContrastiveRepresentation(kdx.Loss):
     labels: Tensor
     members: Tensor
     counts: Tensor
+    starts: Tensor
     student_memory: Tensor
     teacher_memory: Tensor
     student_constant: Tensor
@@ -87,9 +88,12 @@ class ContrastiveRepresentation(kdx.Loss):
                 " class"
             )
         self.negatives = config.negatives or min(MOST_NEGATIVES, available)
+        if config.mode == "relax" and not len(shown):
+            raise kdx.PlanError("crd with `mode: relax` pairs samples of one class, but no training sample has a label")
         by_class = self.labels.argsort(stable=True)
-        self.register_buffer("members", by_class[len(by_class) - len(shown) :], persistent=False)
+        self.register_buffer("members", by_class[self.size - len(shown) :], persistent=False)
         self.register_buffer("counts", counts, persistent=False)
+        self.register_buffer("starts", counts.cumsum(0) - counts, persistent=False)
         self.student_layer = nn.Linear(math.prod(given.shape("student")), config.dim)
         self.teacher_layer = nn.Linear(math.prod(given.shape("teacher")), config.dim)
         reach = math.sqrt(3 / config.dim)  # a vector of even numbers in +-reach has length 1 on average
@@ -125,16 +129,15 @@ class ContrastiveRepresentation(kdx.Loss):
         same = (self.labels == label[:, None]) & (label >= 0)[:, None]
         order = order.masked_fill(same, 2.0).scatter(1, index[:, None], 2.0)
         negatives = order.topk(self.negatives, dim=1, largest=False, sorted=False).indices
-        true = index
-        if self.config.mode == "relax":
-            known = label.clamp(min=0)
-            place = torch.rand(len(index), generator=generator, device=device) * self.counts[known]
-            first = self.counts.cumsum(0)[known] - self.counts[known]
-            other = self.members[(first + place.long()).clamp(max=max(len(self.members) - 1, 0))] if len(
-                self.members
-            ) else index
-            true = torch.where(label >= 0, other, index)
+        true = index if self.config.mode == "exact" else self._of_the_same_class(index, label)
         return torch.cat([true[:, None], negatives], 1)
+
+    def _of_the_same_class(self, index: Tensor, label: Tensor) -> Tensor:
+        """A random sample of the same class for each labelled sample, else the sample itself."""
+        known = label.clamp(min=0)
+        draw = torch.rand(len(index), generator=self.given.generator, device=index.device)
+        place = self.starts[known] + (draw * self.counts[known]).long()
+        return torch.where(label >= 0, self.members[place], index)
 
     def _constant(self, known: Tensor, scores: Tensor) -> Tensor:
         """What the scores are divided by: the mean of the first batch's, times the number of samples."""
@@ -155,3 +158,138 @@ class ContrastiveRepresentation(kdx.Loss):
             raise kdx.ConfigError(f"negatives: found {config.negatives}, expected a number from 1")
         if not 0 <= config.momentum < 1:
             raise kdx.ConfigError(f"momentum: found {config.momentum}, expected a number from 0 and below 1")
+
+
+def pairing(rows: Tensor, columns: Tensor, scale: Tensor) -> Tensor:
+    """Minus the log of the share that sample b's own column has in its row of scaled cosines, [B], of [B, D] each."""
+    scores = kdx.per_sample(scale, rows) * (rows @ columns.T)
+    return -scores.log_softmax(1).diagonal()
+
+
+def affinity_divergence(
+    student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], student_scale: Tensor, teacher_scale: Tensor
+) -> Tensor:
+    """KL divergence of the student's affinities between two modalities from the teacher's, [B].
+
+    Each side gives embeddings [B, D] of length 1 for both modalities; the mean of both directions.
+    """
+    total = torch.zeros((), dtype=student[0].dtype, device=student[0].device)
+    for first, second in ((0, 1), (1, 0)):
+        ours = kdx.per_sample(student_scale, student[0]) * (student[first] @ student[second].T)
+        theirs = kdx.per_sample(teacher_scale, teacher[0]) * (teacher[first] @ teacher[second].T)
+        divergence = F.kl_div(ours.log_softmax(1), theirs.log_softmax(1), reduction="none", log_target=True)
+        total = total + divergence.sum(1) / 2
+    return total
+
+
+class ClipDistillation(kdx.Loss):
+    """Distillation of embeddings as in CLIP-KD (Yang et al., CVPR 2024), one value per sample.
+
+    student, teacher: vectors [B, D] of the first modality; student_other, teacher_other: of the second one. Without
+    the second modality the first stands in for it, and there is no `task`. Other shapes are flattened, and all
+    embeddings are brought to length 1. Each sample is told from the others of its batch.
+
+    terms: which parts are computed, all that the inputs allow by default; each has a weight of its own:
+    affinity: KL divergence of the student's softmax over its similarities from the teacher's, in both directions.
+    interactive: the student's embedding picks out the teacher's of the same sample in the other modality, with a scale
+        that is learnt (from 1 / 0.07, at most 100). Public code multiplies by its logarithm.
+    feature: squared difference from the teacher's embedding, mean over its width, summed over modalities.
+    task: the student's own contrastive loss between its modalities.
+    student_scale, teacher_scale: what the models multiply cosines with. A ref to a learnt one trains it.
+
+    Where widths differ, a linear layer brings the student's to the teacher's for `interactive` and `feature`.
+    Above 0 for a perfect student, but for `affinity` (with equal scales) and `feature`.
+    """
+
+    name = "clip_kd"
+    inputs = {
+        "student": "student.embedding",
+        "teacher": "teacher.embedding",
+        "student_other": kdx.OPTIONAL,
+        "teacher_other": kdx.OPTIONAL,
+    }
+    knobs = {
+        "affinity": kdx.Knob(1.0, at_least=0.0),
+        "interactive": kdx.Knob(1.0, at_least=0.0),
+        "feature": kdx.Knob(2000.0, at_least=0.0),
+        "task": kdx.Knob(1.0, at_least=0.0),
+        "student_scale": kdx.Knob(1 / 0.07, above=0.0),
+        "teacher_scale": kdx.Knob(1 / 0.07, above=0.0),
+    }
+
+    @dataclass(frozen=True)
+    class Config:
+        terms: list[str] = field(default_factory=list)
+
+    config: Config
+
+    def __init__(self, config: Config, given: kdx.Given) -> None:
+        super().__init__(config, given)
+        widths = {name: math.prod(shape) for name, shape in given.shapes.items()}
+        others = [name for name in ("student_other", "teacher_other") if name in widths]
+        if len(others) == 1:
+            raise kdx.PlanError(f"clip_kd compares two modalities, but only {others[0]} is given; name both or neither")
+        for term in config.terms:
+            if term not in TERMS:
+                raise kdx.ConfigError(f"terms: found {term!r}, expected some of {', '.join(TERMS)}")
+        if "task" in config.terms and not others:
+            raise kdx.PlanError("clip_kd needs student_other and teacher_other for `task`: it pairs two modalities")
+        for side in ("student", "teacher"):
+            if others and widths[side] != widths[f"{side}_other"]:
+                raise kdx.PlanError(
+                    f"clip_kd multiplies {side} with {side}_other, but they have {widths[side]} and "
+                    f"{widths[f'{side}_other']} numbers"
+                )
+        self.terms = tuple(config.terms) or (TERMS if others else TERMS[:-1])
+        bridged = widths["student"] != widths["teacher"] and bool({"interactive", "feature"} & {*self.terms})
+        self.layers = nn.ModuleList(
+            nn.Linear(widths["student"], widths["teacher"]) if bridged else nn.Identity()
+            for _ in range(2 if others else 1)
+        )
+        if "interactive" in self.terms:
+            self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        student_other: Tensor | None,
+        teacher_other: Tensor | None,
+        affinity: Tensor,
+        interactive: Tensor,
+        feature: Tensor,
+        task: Tensor,
+        student_scale: Tensor,
+        teacher_scale: Tensor,
+    ) -> Tensor:
+        raw = [student.flatten(1)]
+        theirs = [_unit(teacher.detach())]
+        if student_other is not None and teacher_other is not None:
+            raw.append(student_other.flatten(1))
+            theirs.append(_unit(teacher_other.detach()))
+        ours = [_unit(one) for one in raw]
+        bridged = [_unit(layer(one)) for layer, one in zip(self.layers, raw, strict=False)]
+        parts: list[Tensor] = []
+        if "affinity" in self.terms:
+            both = (ours[0], ours[-1]), (theirs[0], theirs[-1])
+            parts.append(affinity * affinity_divergence(*both, student_scale, teacher_scale))
+        if "interactive" in self.terms:
+            scale = self.log_scale.clamp(max=math.log(WARMEST)).exp()
+            crossed = pairing(bridged[0], theirs[-1], scale) + pairing(bridged[-1], theirs[0], scale)
+            parts.append(interactive * crossed / 2)
+        if "feature" in self.terms:
+            gaps = [(s - t).square().mean(1) for s, t in zip(bridged, theirs, strict=True)]
+            parts.append(feature * torch.stack(gaps).sum(0))
+        if "task" in self.terms and len(ours) == 2:
+            paired = pairing(ours[0], ours[1], student_scale) + pairing(ours[1], ours[0], student_scale)
+            parts.append(task * paired / 2)
+        return torch.stack(parts).sum(0)
+
+
+def _unit(rows: Tensor) -> Tensor:
+    return F.normalize(rows.flatten(1), dim=1)
+
+
+@kdx.hookimpl
+def kdx_losses() -> list[type[kdx.Loss]]:
+    return [ContrastiveRepresentation, ClipDistillation]

@@ -55,16 +55,16 @@ class ImageFolder(ImageDataset):
             raise DataError(f"data.path: {self._root} has {found} but no folder 'train'")
 
     def classes(self) -> tuple[str, ...]:
-        return tuple(self._files["train"])
+        return tuple(self.files["train"])
 
     def fingerprint(self) -> str:
-        states = ((file, file.stat()) for files in self._files.values() for group in files.values() for file in group)
+        states = ((file, file.stat()) for files in self.files.values() for group in files.values() for file in group)
         return digest(
             f"{file.relative_to(self._root).as_posix()} {state.st_size} {state.st_mtime_ns}" for file, state in states
         )
 
     @cached_property
-    def _files(self) -> dict[str, dict[str, list[Path]]]:
+    def files(self) -> dict[str, dict[str, list[Path]]]:
         """Split -> class -> image files."""
         files = {split: class_files(folder) for split, folder in self._folders.items()}
         train = files["train"]
@@ -82,10 +82,10 @@ class ImageFolder(ImageDataset):
     @cached_property
     def splits(self) -> dict[str, FileSplit]:
         # Spread over all classes: the first images alone would all be of one.
-        every = [file for group in self._files["train"].values() for file in group]
+        every = [file for group in self.files["train"].values() for file in group]
         step = max(1, len(every) // SEEN_FOR_CHANNELS)
         channels = read_channels(self.config.channels, (_opened(file) for file in every[::step]))
-        labels = {name: label for label, name in enumerate(self._files["train"])}
+        labels = {name: label for label, name in enumerate(self.files["train"])}
         return {
             split: FileSplit(
                 [file for group in files.values() for file in group],
@@ -93,7 +93,7 @@ class ImageFolder(ImageDataset):
                 self._size,
                 channels,
             )
-            for split, files in self._files.items()
+            for split, files in self.files.items()
         }
 
 
