@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -125,7 +126,8 @@ def _data_text(facts: FolderFacts) -> str:
     lines = [f"# What kdx found in {facts.folder}:"]
     for split, counts in facts.counts.items():
         per_class = ", ".join(f"{name} {count}" for name, count in counts.items())
-        lines.append(f"# - {split}: {sum(counts.values())} images in {len(counts)} classes: {per_class}")
+        text = f"{split}, {sum(counts.values())} images by class: {per_class}"
+        lines += textwrap.wrap(text, 110, initial_indent="# - ", subsequent_indent="#   ")
     colour = "all images are grey" if facts.channels == 1 else "the images have colour"
     lines.append(f"# - {colour}; their shorter sides are {low} to {high} pixels, {middle} in the middle")
     if facts.unreadable:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from kdx.calls import Borrowed, Call, Key, ModelCall, NodeCall, Values, find_part
-from kdx.components import Given, Knob, Loss, Model, Network, Node, Schedule
-from kdx.errors import KdxError, PlanError
+from kdx.components import Given, Loss, Model, Network, Node, Schedule
+from kdx.errors import KdxError, PlanError, did_you_mean
 from kdx.randomness import derive_seed
 from kdx.reach import Reach, reach
 from kdx.spec import ModelSpec, NodeSpec, RunSpec
@@ -94,7 +94,7 @@ def make_plan(
     student = tapped.get("student")
     if student is None:
         raise PlanError("losses: none of them reads the student, so nothing would be learnt")
-    _check_student(shapes, facts)
+    _check_student(spec, student, shapes, facts)
     losses = tuple(call for call in calls if isinstance(call, NodeCall) and call.kind == "losses")
     teacher_side = _teacher_side(spec, calls)
     teacher_calls = tuple(call for call in calls if call.name in teacher_side and call not in losses)
@@ -150,7 +150,14 @@ def _streams(spec: ModelSpec, facts: DataFacts) -> tuple[str, ...]:
         if len(choices) != 1:
             raise PlanError(f"{spec.where}.input: the data has {', '.join(choices)}; say which of them the model reads")
         return (choices[0],)
-    return (named,) if isinstance(named, str) else tuple(named)
+    streams = [named] if isinstance(named, str) else named
+    if not isinstance(streams, list) or not streams or not all(isinstance(stream, str) for stream in streams):
+        raise PlanError(f"{spec.where}.input: found {named!r}, expected the name of a stream or a list of them")
+    for stream in streams:
+        if stream not in facts.streams:
+            near = did_you_mean(stream, facts.streams, what="streams")
+            raise PlanError(f"{spec.where}.input: the data has no stream {stream!r}; {near}")
+    return tuple(streams)
 
 
 def _model_call(spec: ModelSpec, network: Network, wanted: tuple[str, ...]) -> ModelCall:
@@ -214,8 +221,12 @@ def _check_same_shape(node: NodeSpec, given: Given) -> None:
 
 def _probe(call: Call, values: Values, shapes: dict[Key, Shape]) -> None:
     """Run a call on two samples without leaving a trace, and note the shapes of what it gives."""
-    generator = call.module.given.generator if isinstance(call, NodeCall) else None
-    with without_trace(call.module, generator), torch.no_grad():
+    modules: list[nn.Module] = [call.module]
+    generator = None
+    if isinstance(call, NodeCall):
+        modules += [part.module for part in call.parts.values()]
+        generator = call.module.given.generator
+    with without_trace(*modules, generator=generator), torch.no_grad():
         try:
             if isinstance(call, ModelCall):
                 call.module.protect({key.removeprefix("batch."): values[key] for key in call.streams})
@@ -263,16 +274,20 @@ def _check_result(call: NodeCall, shapes: Mapping[Key, Shape]) -> None:
 
 
 @contextmanager
-def without_trace(module: nn.Module, generator: torch.Generator | None = None) -> Iterator[None]:
-    """Put the module's buffers, the random state and a generator back afterwards."""
-    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+def without_trace(*modules: nn.Module, generator: torch.Generator | None = None) -> Iterator[None]:
+    """Put the buffers of the modules, the random state and a generator back afterwards."""
+    everything = [part for module in modules for part in module.modules()]
+    buffers = [(part, dict(part._buffers)) for part in everything]
+    contents = [(buffer, buffer.clone()) for _, own in buffers for buffer in own.values() if buffer is not None]
     state = generator.get_state() if generator is not None else None
     with torch.random.fork_rng():
         yield
+    for part, own in buffers:  # a bank that grows may have been replaced by another tensor
+        part._buffers.clear()
+        part._buffers.update(own)
     with torch.no_grad():
-        for name, buffer in module.named_buffers():
-            if name in buffers and buffers[name].shape == buffer.shape:
-                buffer.copy_(buffers[name])
+        for buffer, content in contents:
+            buffer.copy_(content)
     if generator is not None and state is not None:
         generator.set_state(state)
 
@@ -287,9 +302,6 @@ def _knob_values(reached: Reach, device: torch.device, values: Values) -> dict[K
             key = f"{node.where}.{name}"
             knobs[key] = knob
             number = knob if isinstance(knob, float) else knob.at(start)
-            spec = node.entry.component.knobs.get(name, Knob(1.0))
-            if not isinstance(knob, float) and (problem := spec.problem(number)) and number != 0:
-                raise PlanError(f"{key}: the schedule starts at {number:g}; it {problem}")
             values[key] = torch.tensor(number, device=device)
     return knobs
 
@@ -309,7 +321,9 @@ def _teacher_side(spec: RunSpec, calls: list[Call]) -> set[str]:
     return side
 
 
-def _check_student(shapes: Mapping[Key, Shape], facts: DataFacts) -> None:
+def _check_student(spec: RunSpec, student: Tapped, shapes: Mapping[Key, Shape], facts: DataFacts) -> None:
+    if not any(parameter.requires_grad for parameter in student.parameters()):
+        raise PlanError(f"student: {spec.student.entry.component.name} has no parameters that could be trained")
     found = shapes.get(f"student.{LOGITS}")
     if facts.classes and found is not None and found != (len(facts.classes),):
         raise PlanError(f"student: its logits have shape {list(found)}, but the data has {len(facts.classes)} classes")

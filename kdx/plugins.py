@@ -8,7 +8,7 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field, fields
 from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, packages_distributions, version
 from pathlib import Path
 from types import ModuleType
@@ -122,6 +122,9 @@ def discover(files: Sequence[str] = (), *, folder: Path = Path(), installed: boo
                 f"two plugins supply {key[0]} {key[1]!r}: {first.name} ({first.origin}) and "
                 f"{plugin.name} ({plugin.origin}); rename one of them"
             )
+        for other in plugins:
+            if other.name == plugin.name:
+                raise PluginError(f"two plugins are called {plugin.name}: {other.origin} and {plugin.origin}")
         manager.register(module, name=plugin.name)
         entries.update(found)
         plugins.append(plugin)
@@ -149,18 +152,50 @@ def check_component(kind: str, component: type[Any], plugin: Plugin) -> None:
     base = KINDS[kind]
     if not (inspect.isclass(component) and issubclass(component, base)):
         raise refuse(f"is not a subclass of kdx.{base.__name__}")
-    if not component.name:
+    if not (isinstance(component.name, str) and component.name):
         raise refuse('has no `name = "..."`')
     if inspect.isabstract(component):
         missing: frozenset[str] = getattr(component, "__abstractmethods__", frozenset())
         raise refuse(f"does not define {', '.join(sorted(missing))}")
-    if not (is_dataclass(component.Config) and component.Config.__dataclass_params__.frozen):  # type: ignore[attr-defined]
+    own = getattr(component.Config, "__dict__", {})  # a subclass of a dataclass is one only when it is decorated too
+    if "__dataclass_params__" not in own or not own["__dataclass_params__"].frozen:
         raise refuse("needs a nested `Config` that is a frozen dataclass")
     if issubclass(component, Node):
         _check_forward(component, refuse)
+        _check_names(kind, component, refuse)
+    if issubclass(component, Metric):
+        _check_metric(component, refuse)
+
+
+def _check_names(kind: str, component: type[Node], refuse: Callable[[str], PluginError]) -> None:
+    """Nothing that a section of the config can say may have two meanings."""
+    names = [*component.inputs, *component.knobs, *component.borrows]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise refuse(f"declares {', '.join(twice)} twice: as input, knob or borrowed part")
+    unknown = sorted({name for group in component.same_shape for name in group} - set(component.inputs))
+    if unknown:
+        raise refuse(f"wants same_shape of {', '.join(unknown)}, which is no input")
+    taken = {"use", "inputs", "borrows", "lr_scale", "weight_decay", *component.knobs}
+    taken |= {"losses": {"weight"}, "aligners": {"source", "like"}}.get(kind, set())
+    if hidden := sorted(taken & {item.name for item in fields(component.Config)}):
+        raise refuse(f"has the option {', '.join(hidden)}, which means something else in its section of a config")
+
+
+def _check_metric(component: type[Metric], refuse: Callable[[str], PluginError]) -> None:
+    parameters = list(inspect.signature(component.update).parameters.values())[1:]
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters) and (
+        {parameter.name for parameter in parameters} != set(component.inputs)
+    ):
+        takes = ", ".join(parameter.name for parameter in parameters)
+        raise refuse(f"has an update that takes ({takes}) but declares the inputs ({', '.join(component.inputs)})")
+    for name, ref in component.inputs.items():
+        if ref != "student.logits" and not ref.startswith("batch."):
+            raise refuse(f"reads {ref} as {name}; a metric reads student.logits and streams of the batch")
 
 
 def _check_forward(component: type[Node], refuse: Callable[[str], PluginError]) -> None:
+    if component.forward is Node.forward:
+        raise refuse("does not define forward")
     parameters = list(inspect.signature(component.forward).parameters.values())[1:]
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return
@@ -207,7 +242,11 @@ def _components(module: ModuleType, plugin: Plugin) -> dict[tuple[str, str], Ent
         hook = getattr(module, f"kdx_{kind}", None)
         if hook is None:
             continue
-        classes = hook()
+        try:
+            classes = hook()
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error}"
+            raise PluginError(f"plugin {plugin.name} ({plugin.origin}): kdx_{kind} raised {problem}") from error
         if not isinstance(classes, Iterable):
             raise PluginError(f"plugin {plugin.name} ({plugin.origin}): kdx_{kind} must return a list of classes")
         for component in classes:

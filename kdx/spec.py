@@ -14,6 +14,7 @@ from kdx.data import SplitOptions
 from kdx.errors import ConfigError, KdxError, did_you_mean
 from kdx.optim import read_optimizer
 from kdx.plugins import Entry, Registry
+from kdx.types import Clock
 
 KnobSpec = float | Schedule | str
 """A constant, a schedule, or a ref."""
@@ -21,6 +22,8 @@ OPTIMIZER = {"use": "sgd", "momentum": 0.9}
 UPDATER = {"use": "plain"}
 METRICS: dict[str, Any] = {"classification": {}}
 """What a config that leaves the section out gets."""
+_MOMENTS = [Clock(step, 100, 40_000) for step in (0, 1, 100, 1_000, 10_000, 20_000, 39_999)]
+"""Where a schedule is tried out before the length of training is known."""
 
 
 @dataclass(frozen=True)
@@ -259,6 +262,13 @@ def read_knob(value: Any, knob: Knob, where: str, registry: Registry) -> KnobSpe
             schedule: Schedule = part.entry.component(part.options)
         except KdxError as error:
             raise type(error)(f"{where}: {error}") from error
+        for clock in _MOMENTS:
+            number = schedule.at(clock)
+            if problem := knob.problem(number):
+                raise ConfigError(
+                    f"{where}: {part.entry.component.name} gives {number:g} after {clock.time:g} of {clock.epochs:g} "
+                    f"epochs; it {problem}"
+                )
         return schedule
     raise ConfigError(f"{where}: found {value!r}, expected a number, a schedule or a ref")
 

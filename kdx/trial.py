@@ -17,10 +17,17 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 
 from kdx.components import OPTIONAL, Aligner, Component, Given, Knob, Loss, Many, Node
+from kdx.spec import NodeOptions
 from kdx.types import DataFacts
 
-RESERVED = {"use", "inputs", "borrows", "source", "like"}
+RESERVED = {"use", "inputs", "borrows", "source", "like", *(item.name for item in fields(NodeOptions))}
 CLASSES = 5
+FACTS = DataFacts(
+    streams={},
+    classes=tuple(f"class {k}" for k in range(CLASSES)),
+    size=64,
+    labels=tuple(k % CLASSES for k in range(64)),
+)
 
 Values = dict[str, Tensor]
 """The fields that a node gave; `out` for a plain tensor."""
@@ -103,11 +110,10 @@ class Trial:
 
     def frozen_inputs(self) -> set[str]:
         """The inputs that come from teachers, and so must get no gradient from a loss."""
-        refs = {name: spec.default if isinstance(spec, Many) else spec for name, spec in self.component.inputs.items()}
         return {
             name
-            for name, ref in refs.items()
-            if name.startswith("teacher") or (isinstance(ref, str) and ref.startswith(("teacher.", "*.")))
+            for name, spec in self.component.inputs.items()
+            if name.startswith("teacher") or any(ref.startswith(("teacher.", "*.")) for ref in default_refs(spec))
         }
 
     def label_inputs(self) -> list[str]:
@@ -116,14 +122,20 @@ class Trial:
     def _shape(self, name: str, spec: Any, shapes: Mapping[str, Any]) -> Any:
         if name in shapes:
             found = shapes[name]
-            return [tuple(shape) for shape in found] if isinstance(spec, Many) else tuple(found)
+            is_list = all(isinstance(item, Sequence) for item in found) and len(found) > 0
+            expected = "a list of shapes, one for each ref" if isinstance(spec, Many) else "one shape"
+            require(
+                is_list == isinstance(spec, Many), self.who, f"shapes[{name!r}]: found {found}, expected {expected}"
+            )
+            return [tuple(shape) for shape in found] if is_list else tuple(found)
         if name in self.tensors:
             return tuple(self.tensors[name].shape[1:])
-        ref = spec.default if isinstance(spec, Many) else spec
-        if ref in ("batch.label", "batch.index"):
+        refs = default_refs(spec)
+        if spec in ("batch.label", "batch.index"):
             return ()
-        if isinstance(ref, str) and ref.endswith(".logits"):
-            return [(CLASSES,)] * 3 if isinstance(spec, Many) else (CLASSES,)
+        if refs and all(ref.endswith(".logits") for ref in refs):
+            count = 3 if refs == ("*.logits",) else len(refs)
+            return [(CLASSES,)] * count if isinstance(spec, Many) else (CLASSES,)
         require(spec is OPTIONAL, self.who, f"shapes: say the shape of one sample of the input {name!r}")
         return None
 
@@ -135,8 +147,7 @@ class Trial:
             return torch.arange(self.batch)
         if spec == "batch.label":
             return torch.randint(0, CLASSES, (self.batch,), generator=generator)
-        ref = spec.default if isinstance(spec, Many) else spec
-        is_logits = name == "logits" or (isinstance(ref, str) and ref.endswith(".logits"))
+        is_logits = name == "logits" or any(ref.endswith(".logits") for ref in default_refs(spec))
         made = [
             (torch.randn(self.batch, *one, generator=generator) * (scale if is_logits else 1.0)).to(born).float()
             for one in (shape if isinstance(spec, Many) else [shape])
@@ -144,7 +155,11 @@ class Trial:
         return made if isinstance(spec, Many) else made[0]
 
 
-FACTS = DataFacts(streams={}, classes=tuple(f"class {k}" for k in range(CLASSES)), size=64)
+def default_refs(spec: Any) -> tuple[str, ...]:
+    """The refs that an input reads when the config names none."""
+    if isinstance(spec, Many):
+        return spec.default
+    return (spec,) if isinstance(spec, str) else ()
 
 
 def require(condition: bool, who: str, message: str) -> None:

@@ -1,4 +1,4 @@
-"""Aligners: every pair of layouts is joined without a number typed, and what cannot be joined is refused with a reason."""
+"""Aligners: every pair of layouts is joined without a number typed; what cannot be joined is refused with a reason."""
 
 from __future__ import annotations
 
