@@ -13,10 +13,10 @@ from torch import nn
 from kdx.components import Dataset, Given, Network, Node
 from kdx.config import load, load_mapping, overlay, parse_override
 from kdx.errors import ConfigError, did_you_mean
+from kdx.options import read_options
 from kdx.plugins import KINDS, discover
 from kdx.result import Result
 from kdx.runs import Options, carry_out, prepare
-from kdx.spec import read_options
 from kdx.student import load_student
 from kdx.types import DataFacts
 

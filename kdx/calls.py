@@ -50,21 +50,24 @@ def find_part(net: nn.Module, path: str, where: str) -> nn.Module:
 
 @dataclass(frozen=True)
 class ModelCall:
-    """Runs a network on the batch."""
+    """Runs a network on streams of the batch; `student@strong` is the student on the view `strong`."""
 
     name: str
     where: str
     module: Tapped
-    streams: tuple[Key, ...]
+    streams: Mapping[str, Key]
     gives: tuple[Key, ...]
 
     @property
     def reads(self) -> tuple[Key, ...]:
-        return self.streams
+        return tuple(self.streams.values())
+
+    def batch(self, values: Values) -> Batch:
+        """The streams that the network reads."""
+        return {stream: values[key] for stream, key in self.streams.items()}
 
     def run(self, values: Values) -> None:
-        batch: Batch = {key.removeprefix("batch."): values[key] for key in self.streams}
-        for name, tensor in self.module(batch).items():
+        for name, tensor in self.module(self.batch(values)).items():
             values[f"{self.name}.{name}"] = tensor
 
 

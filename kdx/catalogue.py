@@ -11,9 +11,9 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from kdx import spec
 from kdx.components import OPTIONAL, REQUIRED, Knob, Many, Node
 from kdx.errors import PluginError, did_you_mean
+from kdx.options import type_text
 from kdx.plugins import KINDS, Entry, Registry
 
 
@@ -71,7 +71,7 @@ def component_rows(entry: Entry) -> Iterator[tuple[str, str, str, str]]:
         for name, part in component.borrows.items():
             yield "part", name, "part of a model", part
     for item in fields(component.Config):
-        yield "option", item.name, type_text(item), default_text(item)
+        yield "option", item.name, type_text(item.type), default_text(item)
 
 
 def _input_default(spec: Any) -> str:
@@ -87,11 +87,6 @@ def _range(knob: Knob) -> str:
         f"at most {knob.at_most:g}" if knob.at_most is not None else "",
     ]
     return "".join(f", {part}" for part in parts if part)
-
-
-def type_text(item: Field[Any]) -> str:
-    """The type of an option as its class says it."""
-    return spec.type_text(item.type)
 
 
 def default_text(item: Field[Any]) -> str:

@@ -88,7 +88,9 @@ def _parser() -> argparse.ArgumentParser:
     explain = add("explain", _explain, "Show the plan of a config: what is built, what reads what, which shapes.")
     _config_arguments(explain)
     explain.add_argument(
-        "--taps", metavar="MODEL", help="list what can be tapped in a model of the config (student, or a teacher's name)"
+        "--taps",
+        metavar="MODEL",
+        help="list what can be tapped in a model of the config (student, or a teacher's name)",
     )
     explain.add_argument("--mermaid", action="store_true", help="print a Mermaid flow chart")
     explain.add_argument("--text", action="store_true", help="print plain text, made for diff")

@@ -12,6 +12,7 @@ import pluggy
 import torch
 from torch import Tensor, nn
 
+from kdx.errors import PlanError
 from kdx.types import Batch, Clock, DataFacts, Losses, Shape
 
 if TYPE_CHECKING:
@@ -143,6 +144,17 @@ class Network(nn.Module):
     def forward(self, *streams: Tensor) -> Any:
         return self.net(*[self.prepare(stream) for stream in streams])
 
+    def answer(self, batch: Batch) -> Tensor:
+        """What is evaluated: `net.predict` where there is one, else the logits that `net` returns."""
+        streams = [self.prepare(batch[stream]) for stream in self.streams]
+        predict = getattr(self.net, "predict", None)
+        found = predict(*streams) if predict is not None else self.net(*streams)
+        found = found["logits"] if isinstance(found, Mapping) else found
+        found = found[0] if isinstance(found, (tuple, list)) else found
+        if not isinstance(found, Tensor):
+            raise PlanError(f"{type(self.net).__name__} answers with a {type(found).__name__}, expected a tensor")
+        return found
+
 
 class Node(Component, nn.Module):
     """A component that makes tensors from refs.
@@ -190,7 +202,16 @@ class Loss(Node):
 
     The engine hands in float32 tensors whatever the precision of the run, and applies `weight`; there is no weight
     inside.
+
+    A method that changes what is deployed names in `answers` the inputs and borrowed parts of its `answer`: the inputs
+    must be tensors of the student, and the parts and the loss's own parameters become a part of the exported student.
     """
+
+    answers: ClassVar[tuple[str, ...]] = ()
+
+    def answer(self, **tensors: Any) -> Tensor:
+        """The logits of the deployed student; called only where `answers` names inputs."""
+        raise AssertionError(f"{self.name} names no inputs in `answers`")
 
 
 class Schedule(Component, ABC):

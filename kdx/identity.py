@@ -18,9 +18,10 @@ from torch import nn
 
 from kdx.components import Dataset, Schedule
 from kdx.errors import CheckpointError
+from kdx.options import plain_options
 from kdx.plugins import Plugin
-from kdx.reach import Reach
-from kdx.spec import ModelSpec, NodeSpec, Part, RunSpec, plain_options
+from kdx.reach import Reach, base_of
+from kdx.spec import ModelSpec, NodeSpec, Part, RunSpec
 
 LIBRARIES = ("kdx", "torch", "torchvision", "timm", "torchmetrics", "pluggy", "omegaconf", "safetensors", "numpy")
 
@@ -37,7 +38,8 @@ def run_hash(spec: RunSpec, dataset: Dataset, reached: Reach, needs: Mapping[str
     content = {
         "seed": spec.root.seed,
         "data": [_part(spec.data), asdict(spec.splits), dataset.fingerprint()],
-        "models": {name: _model(spec.models[name], reached.fields[name], needs.get(name)) for name in reached.models},
+        "views": {name: _part(view) for name, view in spec.views.items()},
+        "models": {name: _model(spec.models[name], _fields(reached, name), needs.get(name)) for name in reached.models},
         "nodes": {name: _node(node) for name, node in reached.nodes.items()},
         "metrics": [_part(part) for part in spec.metrics],
         "train": [train, _knob(spec.lr), _part(spec.updater)],
@@ -95,6 +97,10 @@ def file_digest(path: Path, where: str) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise CheckpointError(f"{where}: cannot read {path}: {error.strerror or error}") from error
+
+
+def _fields(reached: Reach, model: str) -> set[str]:
+    return {field for owner, fields in reached.fields.items() if base_of(owner) == model for field in fields}
 
 
 def _part(part: Part) -> list[Any]:

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from kdx.calls import Key
-from kdx.components import Dataset, Metric, Updater
+from kdx.components import Dataset, Metric, Network, Updater
 from kdx.data import Loader, Splits, View, in_order
+from kdx.deploy import deployed
 from kdx.modules import Average, Knobs, Learner, Teachers, overrides, trained
 from kdx.optim import make_optimizer, set_lr
 from kdx.plan import Plan
 from kdx.randomness import Randomness
 from kdx.runtime import Runtime
 from kdx.spec import Part, RunSpec
-from kdx.taps import Tapped
 from kdx.types import Batch, Clock, EvalReport, StepReport
 
 Watch = Callable[[Any], None]
@@ -40,6 +40,7 @@ class Session:
     runtime: Runtime
     teachers: Teachers
     learner: Learner
+    deployed: Network
     knobs: Knobs
     updater: Updater
     loader: Loader
@@ -55,9 +56,9 @@ class Session:
         return Clock(self.step, self.steps_per_epoch, self.steps)
 
     @property
-    def student(self) -> Tapped:
+    def student(self) -> Network:
         """The student that is evaluated and kept: the averaged one where there is one."""
-        return self.average.model if self.average is not None else self.learner.student
+        return self.average.model if self.average is not None else self.deployed
 
     def schedule(self) -> float:
         """The learning rate of the update that the clock is at."""
@@ -86,10 +87,12 @@ def make_session(spec: RunSpec, plan: Plan, dataset: Dataset, splits: Splits, ru
     loader = Loader(splits.train, options.batch, spec.root.seed, spec.runtime.workers)
     steps_per_epoch, steps = length(spec, len(splits.train))
     updater: Updater = spec.updater.entry.component(spec.updater.options)
-    average = Average(learner.student, options.ema) if options.ema is not None else None
+    network = deployed(plan)
+    average = Average(network, options.ema) if options.ema is not None else None
     knobs = Knobs(plan, runtime.device)
     return Session(
-        spec, plan, dataset, splits, runtime, teachers, learner, knobs, updater, loader, average, steps, steps_per_epoch
+        spec, plan, dataset, splits, runtime, teachers, learner, network, knobs, updater, loader, average, steps,
+        steps_per_epoch,
     )  # fmt: skip
 
 
@@ -196,7 +199,7 @@ def validate(session: Session, watchers: Watchers) -> None:
     options, clock = session.spec.train, session.clock
     metrics: dict[str, float] = {}
     if session.splits.val is not None:
-        metrics = evaluate(session, session.splits.val, session.student.predict).numbers
+        metrics = evaluate(session, session.splits.val, session.student.answer).numbers
     found = {"epoch": _finished_epoch(clock), "step": clock.step, "val": metrics}
     session.last = found
     score, old = metrics.get(options.monitor), (session.best or {}).get("val", {}).get(options.monitor)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kdx.calls import Call, Key, ModelCall, NodeCall, Values, execute, weighted
-from kdx.components import Node, Schedule
+from kdx.components import Network, Node, Schedule
 from kdx.optim import Trained
 from kdx.plan import Plan
 from kdx.spec import RunSpec
@@ -116,13 +116,13 @@ class Learner(nn.Module):
 
 
 class Average:
-    """An exponential moving average of the student: `average <- decay * average + (1 - decay) * student`.
+    """An exponential moving average of what is deployed: `average <- decay * average + (1 - decay) * student`.
 
     Buffers (batch statistics) are copied. The decay rises with the number of updates, `min(decay, (1+n)/(10+n))`, so
     that the first weights are soon forgotten.
     """
 
-    def __init__(self, student: Tapped, decay: float) -> None:
+    def __init__(self, student: Network, decay: float) -> None:
         self.model = copy.deepcopy(student).requires_grad_(False).eval()
         self._decay = decay
         self._source: list[Tensor] = [*student.parameters()]

@@ -39,13 +39,13 @@ def conclude(
     spec, splits = session.spec, session.splits
     assert session.last is not None
     assert session.best is not None
-    last_test = _test(session, session.student.predict)
+    last_test = _test(session, session.student.answer)
     if session.best["step"] != session.last["step"]:
-        load_weights(session.student.network.net, best_weights, str(best_weights))
-        best_test = _test(session, session.student.predict)
+        load_weights(session.student.net, best_weights, str(best_weights))
+        best_test = _test(session, session.student.answer)
     else:
         best_test = last_test
-    path = save_student(session.student.network, folder, spec, splits.facts, hash)
+    path = save_student(session.student, folder, session.plan, hash)
     sample = {name: value[:1] for name, value in _first_batch(session).items()}
     phases = session.runtime.stopwatch.seconds()
     return Result(
@@ -59,7 +59,7 @@ def conclude(
         best=_point(session.best, best_test),
         last=_point(session.last, last_test),
         confusion=_confusion(best_test),
-        size=measure(session.student.network, sample, path),
+        size=measure(session.student, sample, path),
         seconds=Seconds(
             teachers=phases.get("teachers", 0.0),
             student=phases.get("student", 0.0),
@@ -113,7 +113,7 @@ def _teacher_row(session: Session, name: str, needs: Needs) -> Row:
     tapped = session.plan.teachers[name]
     classes = len(session.plan.facts.classes)
     answers = session.plan.shapes.get(f"{name}.{LOGITS}") == (classes,)
-    return _evaluated(session, tapped.predict) if answers else Row(None, None, None, {}, {}, None, None)
+    return _evaluated(session, tapped.network.answer) if answers else Row(None, None, None, {}, {}, None, None)
 
 
 def _ensembles(session: Session) -> dict[str, Callable[[Batch], Tensor]]:

@@ -15,7 +15,7 @@ from kdx.calls import Borrowed, Call, Key, ModelCall, NodeCall, Values, find_par
 from kdx.components import Given, Loss, Model, Network, Node, Schedule
 from kdx.errors import KdxError, PlanError, did_you_mean
 from kdx.randomness import derive_seed
-from kdx.reach import Reach, reach
+from kdx.reach import Reach, base_of, reach
 from kdx.spec import ModelSpec, NodeSpec, RunSpec
 from kdx.taps import LOGITS, Tapped, read_taps
 from kdx.types import Batch, Clock, DataFacts, Shape
@@ -52,7 +52,11 @@ class Plan:
     @property
     def teachers(self) -> dict[str, Tapped]:
         """The frozen teachers that are run, by name."""
-        return {call.name: call.module for call in self.teacher_calls if isinstance(call, ModelCall)}
+        return {
+            call.name: call.module
+            for call in self.teacher_calls
+            if isinstance(call, ModelCall) and call.name in self.spec.models
+        }
 
 
 def make_plan(
@@ -83,8 +87,8 @@ def make_plan(
     tapped: dict[str, Tapped] = {}
     for item in reached.order:
         call = (
-            _model_call(spec.models[item], models[item], reached.fields[item])
-            if item in spec.models
+            _model_call(item, spec.models[base_of(item)], models[base_of(item)], reached.fields[item])
+            if base_of(item) in spec.models
             else _node_call(item, reached, facts, spec.root.seed, shapes, models, device)
         )
         if isinstance(call, ModelCall):
@@ -160,11 +164,12 @@ def _streams(spec: ModelSpec, facts: DataFacts) -> tuple[str, ...]:
     return tuple(streams)
 
 
-def _model_call(spec: ModelSpec, network: Network, wanted: tuple[str, ...]) -> ModelCall:
+def _model_call(name: str, spec: ModelSpec, network: Network, wanted: tuple[str, ...]) -> ModelCall:
     tapped = Tapped(network, wanted, read_taps(spec.engine.taps, f"{spec.where}.taps"), spec.where)
     tapped.train(not spec.frozen)
-    streams = tuple(f"batch.{stream}" for stream in network.streams)
-    return ModelCall(spec.name, spec.where, tapped, streams, tuple(f"{spec.name}.{field}" for field in wanted))
+    view = name.removeprefix(spec.name)
+    streams = {stream: f"batch.{stream}{view}" for stream in network.streams}
+    return ModelCall(name, spec.where, tapped, streams, tuple(f"{name}.{field}" for field in wanted))
 
 
 def _node_call(
@@ -229,7 +234,7 @@ def _probe(call: Call, values: Values, shapes: dict[Key, Shape]) -> None:
     with without_trace(*modules, generator=generator), torch.no_grad():
         try:
             if isinstance(call, ModelCall):
-                call.module.protect({key.removeprefix("batch."): values[key] for key in call.streams})
+                call.module.protect(call.batch(values))
             call.run(values)
         except KdxError as error:
             raise type(error)(f"{call.where}: {error}") from error
@@ -312,7 +317,7 @@ def _teacher_side(spec: RunSpec, calls: list[Call]) -> set[str]:
     made: dict[Key, str] = {key: call.name for call in calls for key in call.gives}
     for call in calls:
         if isinstance(call, ModelCall):
-            if spec.models[call.name].frozen:
+            if spec.models[base_of(call.name)].frozen:
                 side.add(call.name)
         elif all(made[key] in side for key in call.reads if key in made) and not any(
             True for _ in call.module.parameters()

@@ -223,4 +223,4 @@ def _literal(name: str) -> str:
 
 def _save(figure: Figure, path: Path) -> None:
     figure.set_dpi(150)
-    FigureCanvasAgg(figure).print_png(str(path))  # type: ignore[no-untyped-call]
+    FigureCanvasAgg(figure).print_png(str(path))

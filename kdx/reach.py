@@ -53,7 +53,7 @@ def reach(spec: RunSpec, facts: DataFacts) -> Reach:
             wanted.setdefault(model, {})
         for key in _keys(arguments[item]):
             owner, _, name = key.partition(".")
-            if owner in spec.models:
+            if base_of(owner) in spec.models:
                 if owner not in found.order:
                     found.order.append(owner)
                 wanted.setdefault(owner, {})[name] = None
@@ -67,13 +67,19 @@ def reach(spec: RunSpec, facts: DataFacts) -> Reach:
 
     for name in losses:
         visit(name, ())
-    found.models = [name for name in spec.models if name in wanted]
+    bases = {base_of(owner) for owner in wanted}
+    found.models = [name for name in spec.models if name in bases]
     found.fields = {name: tuple(fields) for name, fields in wanted.items()}
     live = {*found.models, *found.nodes}
     declared = {part.name: part.where for part in spec.teachers.values()}
     declared |= {node.name: node.where for node in spec.nodes.values()}
     found.unused = tuple(where for name, where in declared.items() if name not in live)
     return found
+
+
+def base_of(owner: str) -> str:
+    """The model behind an owner: `student` for `student@strong`."""
+    return owner.partition("@")[0]
 
 
 @dataclass(frozen=True)
@@ -130,8 +136,11 @@ class Resolver:
                     f"{where}: the data has no stream {name!r}; {did_you_mean(name, streams, what='streams')}"
                 )
             return f"batch.{name}"
-        if owner in self.spec.models:
-            return f"{owner}.{self._field(owner, name, where)}"
+        base, at, view = owner.partition("@")
+        if base in self.spec.models:
+            if at and view not in self.spec.views:
+                raise PlanError(f"{where}: the data has no view {view!r}; {did_you_mean(view, self.spec.views)}")
+            return f"{owner}.{self._field(base, name, where)}"
         if owner in self.spec.nodes:
             outputs = self.spec.nodes[owner].entry.component.outputs
             name = name if dot else "out"

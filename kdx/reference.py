@@ -13,12 +13,18 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from kdx.catalogue import component_rows, default_text, type_text
+from kdx.catalogue import component_rows, default_text
 from kdx.data import SplitOptions
+from kdx.options import type_text
 from kdx.plugins import KINDS, Registry, discover
 from kdx.spec import METRICS, OPTIMIZER, UPDATER, ModelOptions, NodeOptions, RootOptions, RuntimeOptions, TrainOptions
 
 _NOTE = "<!-- Written by `python -m kdx.reference docs`; change the docstrings instead. -->\n"
+_CONFIG_INTRODUCTION = """\
+Each section of a config, with its options. What a section says besides these are options of the component that it
+names with `use:`; see [components](components.md)."""
+_COMPONENTS_INTRODUCTION = """\
+What a config can name with `use:`. `kdx plugins NAME` shows the same for one component, also for your own."""
 _SECTIONS = (
     ("Sections", "", RootOptions),
     ("`data`, whatever the data set", "data.", SplitOptions),
@@ -32,20 +38,22 @@ _HELD = {"train.optimizer": OPTIMIZER, "train.updater": UPDATER, "metrics": METR
 
 def config_page() -> str:
     """The reference of the config: every section with its options, types and defaults."""
-    lines = [_NOTE, "# Config reference", "", "Each section of a config, with its options. What a section says besides these are options of the component", "that it names with `use:`; see [components](components.md).", ""]  # fmt: skip
+    lines = [_NOTE, "# Config reference", "", _CONFIG_INTRODUCTION, ""]
     for title, prefix, schema in _SECTIONS:
-        lines += [f"## {title}", "", inspect.cleandoc(schema.__doc__ or ""), "", "| option | type | default |", "|---|---|---|"]
+        lines += [f"## {title}", "", _paragraphs(schema), "", "| option | type | default |", "|---|---|---|"]
         for item in fields(schema):
             key = f"{prefix}{item.name}"
             held = _HELD.get(key)
-            lines.append(f"| `{key}` | {_cell(type_text(item))} | {_cell(str(held) if held else default_text(item))} |")
+            lines.append(
+                f"| `{key}` | {_cell(type_text(item.type))} | {_cell(str(held) if held else default_text(item))} |"
+            )
         lines.append("")
     return "\n".join(lines)
 
 
 def components_page(registry: Registry) -> str:
     """The reference of all components that kdx brings, by kind."""
-    lines = [_NOTE, "# Components", "", "What a config can name with `use:`. `kdx plugins NAME` shows the same for one component, also for your own.", ""]  # fmt: skip
+    lines = [_NOTE, "# Components", "", _COMPONENTS_INTRODUCTION, ""]
     for kind in KINDS:
         names = registry.names(kind)
         lines += [f"## {kind}", ""]

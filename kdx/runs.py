@@ -21,7 +21,7 @@ from kdx.builtin.watchers import JsonLines, Progress, TensorBoard
 from kdx.checkpoint import load_state, load_weights, save_state, save_weights
 from kdx.components import Dataset, Network
 from kdx.config import load_mapping, to_yaml
-from kdx.data import SplitOptions, Splits, make_splits
+from kdx.data import SplitOptions, Splits, Viewed, make_splits
 from kdx.errors import CheckpointError, ConfigError, KdxError
 from kdx.files import write_text
 from kdx.identity import environment, network_digest, run_hash
@@ -101,7 +101,7 @@ def prepare(
             raise ConfigError(f"plugins: found {plugins!r}, expected a list of files and modules")
         registry = discover(plugins, installed=config.get("installed_plugins", True) is not False)
     spec = check(config, registry)
-    dataset = options.data if options.data is not None else _make_dataset(spec)
+    dataset = _make_dataset(spec, options.data)
     splits = make_splits(dataset, spec.splits)
     sample = dataset.on_device(splits.train.fetch([0, min(1, len(splits.train) - 1)]), None)
     reached = reach(spec, splits.facts)
@@ -318,7 +318,7 @@ def _train(prepared: Prepared, options: Options) -> Result:
         save_state(folder / CHECKPOINT, _state(session, spent + time.perf_counter() - began))
 
     def improved(session: Session) -> None:
-        save_weights(session.student.network.net, folder / CHECKPOINT / BEST)
+        save_weights(session.student.net, folder / CHECKPOINT / BEST)
 
     with watching(spec.registry, lines, TensorBoard(folder), bars):
         step_end, eval_end = (compile_hook(spec.registry, hook) for hook in ("kdx_step_end", "kdx_eval_end"))
@@ -418,9 +418,11 @@ def _clear(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def _make_dataset(spec: RunSpec) -> Dataset:
-    dataset: Dataset = spec.data.entry.component(spec.data.options)
-    return dataset
+def _make_dataset(spec: RunSpec, given: Dataset | None) -> Dataset:
+    dataset: Dataset = spec.data.entry.component(spec.data.options) if given is None else given
+    if not spec.views:
+        return dataset
+    return Viewed(dataset, {name: view.entry.component(view.options) for name, view in spec.views.items()})
 
 
 def _with_networks(config: dict[str, Any], networks: Mapping[str, nn.Module]) -> dict[str, Any]:

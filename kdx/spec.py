@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
-
-from omegaconf import OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from kdx.components import OPTIONAL, REQUIRED, Knob, Many, Node, Schedule
 from kdx.data import SplitOptions
 from kdx.errors import ConfigError, KdxError, did_you_mean
 from kdx.optim import read_optimizer
+from kdx.options import plain_options, read_options
 from kdx.plugins import Entry, Registry
 from kdx.types import Clock
 
@@ -161,6 +159,7 @@ class RunSpec:
     lr: float | Schedule
     splits: SplitOptions
     data: Part
+    views: Mapping[str, Part]
     updater: Part
     metrics: tuple[Part, ...]
     student: ModelSpec
@@ -192,8 +191,9 @@ def check(config: Mapping[str, Any], registry: Registry) -> RunSpec:
         raise ConfigError("losses: there are none, so nothing would be learnt; add at least `ce: {use: cross_entropy}`")
     split_names = {item.name for item in fields(SplitOptions)}
     splits = read_options(SplitOptions, {key: root.data[key] for key in root.data if key in split_names}, "data")
-    rest = {key: value for key, value in root.data.items() if key not in split_names}
-    data = _part("datasets", "data", rest, "data", registry, extra=split_names)
+    rest = {key: value for key, value in root.data.items() if key not in split_names and key != "views"}
+    data = _part("datasets", "data", rest, "data", registry, extra={*split_names, "views"})
+    views = _views(root.data.get("views") or {}, rest, registry)
     updater = _part("updaters", "updater", train.updater, "train.updater", registry)
     metrics = tuple(
         _part("metrics", name, {"use": name, **_section(options, f"metrics.{name}")}, f"metrics.{name}", registry)
@@ -216,33 +216,9 @@ def check(config: Mapping[str, Any], registry: Registry) -> RunSpec:
     losses = {name: _node("losses", name, options, registry) for name, options in root.losses.items()}
     _check_names(root)
     return RunSpec(
-        config, root, train, runtime, lr, splits, data, updater, metrics, student, teachers, targets, align, losses,
-        registry,
+        config, root, train, runtime, lr, splits, data, views, updater, metrics, student, teachers, targets, align,
+        losses, registry,
     )  # fmt: skip
-
-
-def read_options(schema: type[Any], options: Mapping[str, Any], where: str, who: str = "") -> Any:
-    """An instance of a dataclass from plain options: unknown keys, missing keys and wrong types are refused."""
-    prefix = f"{where}." if where else ""
-    known = {item.name: item.type for item in fields(schema)}
-    for key in options:
-        if key not in known:
-            raise ConfigError(f"{prefix}{key}: unknown option{who}; {did_you_mean(str(key), known, what='options')}")
-    try:
-        merged = OmegaConf.structured(schema)
-        for option, value in options.items():  # one by one, so that an error can always be given a place
-            try:
-                merged = OmegaConf.merge(merged, {option: value})
-            except (OmegaConfBaseException, ValueError, TypeError) as error:
-                key = getattr(error, "full_key", None) or option
-                expected = f"found {_at(options, key)!r}, expected {type_text(known[option])}"
-                raise ConfigError(f"{prefix}{key}: {expected}{who}: {_detail(error)}") from error
-        return OmegaConf.to_object(merged)
-    except MissingMandatoryValue as error:
-        key = getattr(error, "full_key", None) or ""
-        raise ConfigError(f"{prefix}{key}: it is missing{who}; expected {type_text(known.get(key))}") from error
-    except (OmegaConfBaseException, ValueError, TypeError) as error:
-        raise ConfigError(f"{where or 'config'}: {_detail(error)}{who}") from error
 
 
 def read_knob(value: Any, knob: Knob, where: str, registry: Registry) -> KnobSpec:
@@ -282,20 +258,12 @@ def split_use(options: Any, where: str) -> tuple[str, dict[str, Any]]:
     return use, options
 
 
-def plain_options(options: Any) -> dict[str, Any]:
-    """A component's options as a mapping, for digests and for showing."""
-    return asdict(options) if is_dataclass(options) and not isinstance(options, type) else {}
-
-
-def type_text(annotation: Any) -> str:
-    """The type of an option as its class says it."""
-    return annotation.__name__ if isinstance(annotation, type) else str(annotation).removeprefix("typing.")
-
-
 def full_config(spec: RunSpec) -> dict[str, Any]:
     """The config with every default filled in. It loads as the same run."""
     config = asdict(spec.root)
     config["data"] = {"use": spec.data.entry.component.name, **asdict(spec.splits), **plain_options(spec.data.options)}
+    if spec.views:
+        config["data"]["views"] = {name: plain_options(view.options) for name, view in spec.views.items()}
     config["student"] = _full_model(spec.student)
     config["teachers"] = {name: _full_model(model) for name, model in spec.teachers.items()}
     for section, nodes in (("targets", spec.targets), ("align", spec.align), ("losses", spec.losses)):
@@ -344,6 +312,17 @@ def _part(kind: str, name: str, options: Any, where: str, registry: Registry, ex
                 f"{did_you_mean(key, known, what='options')}"
             )
     return Part(name, where, entry, read_options(schema, rest, where, f" ({use}, plugin {entry.plugin.name})"))
+
+
+def _views(views: Any, data: dict[str, Any], registry: Registry) -> dict[str, Part]:
+    """Each view of a sample: the data set with some options of its own, as another augmentation."""
+    found: dict[str, Part] = {}
+    for name, options in _section(views, "data.views").items():
+        where = f"data.views.{name}"
+        if not name.isidentifier():
+            raise ConfigError(f"{where}: {name!r} cannot be part of a ref; use letters, digits and underscores")
+        found[name] = _part("datasets", name, {**data, **_section(options, where)}, where, registry)
+    return found
 
 
 def _model(name: str, options: Any, where: str, registry: Registry) -> ModelSpec:
@@ -404,7 +383,7 @@ def _node(section: str, name: str, options: Any, registry: Registry) -> NodeSpec
         entry,
         read_options(component.Config, rest, where, f" ({use}, plugin {entry.plugin.name})"),
         {
-            key: _read_input(inputs.get(key), spec, f"{where}.inputs.{key}", use)
+            key: _read_input(inputs.get(key), spec, f"{where}.{'' if section == 'align' else 'inputs.'}{key}", use)
             for key, spec in component.inputs.items()
         },
         {
@@ -487,19 +466,3 @@ def _check_ranges(root: RootOptions, train: TrainOptions, runtime: RuntimeOption
         refuse("runtime.precision", runtime.precision, f"one of {', '.join(precisions)}")
     if root.seed < 0:
         refuse("seed", root.seed, "0 or more")
-
-
-def _at(options: Mapping[str, Any], key: str) -> Any:
-    """What stands at the key of an OmegaConf error, as in `values.a[2]`; the nearest thing above where it is gone."""
-    value: Any = options
-    for part in key.replace("[", ".").replace("]", "").split("."):
-        if isinstance(value, Mapping) and part in value:
-            value = value[part]
-        elif isinstance(value, (list, tuple)) and part.isdigit() and int(part) < len(value):
-            value = value[int(part)]
-    return value
-
-
-def _detail(error: BaseException) -> str:
-    """The message of an OmegaConf error, without what it says of its own types."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,33 +11,53 @@ from typing import Any
 import safetensors
 from torch import nn
 
+from kdx.calls import find_part
 from kdx.checkpoint import load_weights, save_weights
-from kdx.components import Network
+from kdx.components import Given, Loss, Model, Network
+from kdx.deploy import Extended, answer_fields, answering, teacher_of
 from kdx.errors import CheckpointError
-from kdx.plugins import discover
-from kdx.spec import RunSpec, plain_options, read_options
+from kdx.options import plain_options, read_options
+from kdx.plan import Plan
+from kdx.plugins import Registry, discover
+from kdx.spec import ModelSpec
+from kdx.taps import read_taps
 from kdx.types import DataFacts, StreamFacts
 
 STUDENT = "student.safetensors"
 _HEADER = "kdx"
 
 
-def save_student(network: Network, folder: Path, spec: RunSpec, facts: DataFacts, hash: str) -> Path:
+def save_student(network: Network, folder: Path, plan: Plan, hash: str) -> Path:
     """Write `student.safetensors`: the state dict of the bare net under the names of its own library."""
+    spec, facts = plan.spec, plan.facts
     about = {
-        "component": spec.student.entry.component.name,
-        "options": plain_options(spec.student.options),
+        "model": _described(spec.student),
         "streams": list(network.streams),
         "facts": {
-            "streams": {name: asdict(stream) for name, stream in facts.streams.items()},
+            "streams": {name: asdict(stream) for name, stream in facts.streams.items() if name in network.streams},
             "classes": facts.classes,
         },
         "plugins": [item for item in spec.root.plugins if not item.endswith(".py")],
         "run": f"{spec.root.name}-{hash}",
     }
+    call = answering(plan)
+    if call is not None and isinstance(call.module, Loss):
+        parts = {name: teacher_of(plan, call, name) for name in call.parts if name in call.module.answers}
+        about["answer"] = {
+            "component": call.module.name,
+            "options": plain_options(call.module.config),
+            "shapes": dict(call.module.given.shapes),
+            "fields": answer_fields(call),
+            "taps": dict(spec.student.engine.taps),
+            "parts": {name: [_described(spec.models[owner]), path] for name, (owner, path) in parts.items()},
+        }
     path = folder / STUDENT
     save_weights(network.net, path, {_HEADER: json.dumps(about)})
     return path
+
+
+def _described(model: ModelSpec) -> list[Any]:
+    return [model.entry.component.name, plain_options(model.options)]
 
 
 def load_student(folder: str | Path, net: nn.Module | None = None) -> Network:
@@ -74,14 +95,41 @@ def _build(about: dict[str, Any], path: Path, net: nn.Module | None) -> Network:
             for name, item in about["facts"]["streams"].items()
         }
         facts = DataFacts(streams, tuple(about["facts"]["classes"]))
-        component, options, read = about["component"], dict(about["options"]), tuple(about["streams"])
-    except (KeyError, TypeError, AttributeError) as error:
+        (component, options), read = about["model"], tuple(about["streams"])
+        answer = about.get("answer")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"{path}: its header lacks {error}") from error
     if net is not None:
-        return net if isinstance(net, Network) else Network(net, read)
-    if component == "module":
+        student = net if isinstance(net, Network) else Network(net, read)
+    elif component == "module":
         raise CheckpointError(f"{path}: its net was handed in from Python; give one of the same kind as net=...")
-    entry = discover(about.get("plugins", [])).find("models", component, str(path))
-    model = entry.component(read_options(entry.component.Config, options, str(path)), facts, read)
-    network: Network = model.skeleton()
-    return network
+    registry = discover(about.get("plugins", []))
+    if net is None:
+        student = _skeleton(registry, component, options, facts, read, path)
+    if answer is None:
+        return student
+    try:
+        node = registry.find("losses", answer["component"], str(path)).component
+        config = read_options(node.Config, answer["options"], str(path))
+        shapes = {name: tuple(shape) for name, shape in answer["shapes"].items()}
+        parts = {
+            name: find_part(_skeleton(registry, maker, about, facts, read, path).net, part, str(path))
+            for name, ((maker, about), part) in answer["parts"].items()
+        }
+        taps = read_taps(answer["taps"], str(path))
+        return Extended(student, node(config, Given(shapes, facts)), answer["fields"], taps, parts)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: its header is damaged: {error!r}") from error
+
+
+def _skeleton(
+    registry: Registry,
+    component: str,
+    options: Mapping[str, Any],
+    facts: DataFacts,
+    streams: tuple[str, ...],
+    path: Path,
+) -> Network:
+    entry = registry.find("models", component, str(path))
+    model: Model = entry.component(read_options(entry.component.Config, options, str(path)), facts, streams)
+    return model.skeleton()

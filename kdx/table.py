@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
-from kdx.calls import Call, ModelCall
+from kdx.calls import Call, ModelCall, NodeCall
 from kdx.components import Schedule
+from kdx.options import plain_options
 from kdx.plan import Plan
-from kdx.spec import plain_options
+from kdx.reach import base_of
+from kdx.spec import ModelSpec
 
 COLUMNS = ("side", "what", "component", "reads", "gives")
 
@@ -18,7 +23,13 @@ def plan_rows(plan: Plan) -> Iterator[tuple[str, str, str, str, str]]:
     """One row per call: side, config path, component with plugin, what it reads, what it gives with shapes."""
     for side, calls in (("teacher", plan.teacher_calls), ("learner", plan.learner_calls), ("learner", plan.loss_calls)):
         for call in calls:
-            yield side, call.where, _component(plan, call), "\n".join(_reads(plan, call)), "\n".join(_gives(plan, call))
+            yield (
+                side,
+                _title(call),
+                _component(plan, call),
+                "\n".join(_reads(plan, call)),
+                "\n".join(_gives(plan, call)),
+            )
 
 
 def plan_table(plan: Plan) -> Table:
@@ -67,7 +78,7 @@ def plan_mermaid(plan: Plan) -> str:
                     if call.kind == "losses"
                     else ("[", "]")
                 )
-                lines.append(f'    {_identifier(call.name)}{left}"{call.where}<br/>{_short(plan, call)}"{right}')
+                lines.append(f'    {_identifier(call.name)}{left}"{_title(call)}<br/>{_short(plan, call)}"{right}')
             lines.append("  end")
     makers = {key: call.name for call in plan.calls for key in call.gives}
     streams: dict[str, None] = {}
@@ -86,20 +97,47 @@ def plan_mermaid(plan: Plan) -> str:
     return "\n".join(lines + arrows) + "\n"
 
 
+def _title(call: Call) -> str:
+    """The config path of a call, with the view that it runs on."""
+    _, at, view = call.name.partition("@")
+    return f"{call.where}{at}{view}"
+
+
 def _component(plan: Plan, call: Call) -> str:
+    """What a call runs: component, options that are not the default, plugin, number of parameters."""
+    count = sum(parameter.numel() for parameter in call.module.parameters())
+    learnt = f", {count:,} parameters" if count or isinstance(call, ModelCall) else ""
     if isinstance(call, ModelCall):
-        spec = plan.spec.models[call.name]
-        model = plain_options(spec.options).get("model")
-        count = sum(parameter.numel() for parameter in call.module.network.parameters())
-        return f"{spec.entry.component.name}{f' {model}' if model else ''}, {count:,} parameters"
-    component = type(call.module)
+        spec = plan.spec.models[base_of(call.name)]
+        return f"{_short(plan, call)}{_changed(spec.options, 'model')}{_weights(spec)}{learnt}"
     node = {**plan.spec.nodes, **{f"losses.{name}": node for name, node in plan.spec.losses.items()}}[call.name]
-    learnt = sum(parameter.numel() for parameter in call.module.parameters())
-    return f"{component.name} ({node.entry.plugin.name})" + (f", {learnt:,} parameters" if learnt else "")
+    return f"{_short(plan, call)}{_changed(node.options)} ({node.entry.plugin.name}){learnt}"
 
 
 def _short(plan: Plan, call: Call) -> str:
-    return _component(plan, call).partition(",")[0].partition(" (")[0]
+    if isinstance(call, NodeCall):
+        return type(call.module).name
+    spec = plan.spec.models[base_of(call.name)]
+    model = plain_options(spec.options).get("model")
+    return f"{spec.entry.component.name} {model}" if model else str(spec.entry.component.name)
+
+
+def _changed(options: Any, *hidden: str) -> str:
+    """The options that a config has set to something else than the default."""
+    values = plain_options(options)
+    set_ = {item.name: values[item.name] for item in fields(options) if values[item.name] != _default(item)}
+    listing = ", ".join(f"{name} {value}" for name, value in set_.items() if name not in hidden)
+    return f"({listing})" if listing else ""
+
+
+def _default(item: Field[Any]) -> Any:
+    return item.default if item.default_factory is MISSING else item.default_factory()
+
+
+def _weights(spec: ModelSpec) -> str:
+    if spec.engine.run is not None:
+        return f", weights of the run {spec.engine.run.get('name')}"
+    return f", weights of {Path(spec.engine.checkpoint).name}" if spec.engine.checkpoint is not None else ""
 
 
 def _reads(plan: Plan, call: Call) -> Iterator[str]:
@@ -120,16 +158,15 @@ def _reads(plan: Plan, call: Call) -> Iterator[str]:
 def _knob(plan: Plan, key: object) -> str:
     knob = plan.knobs.get(str(key))
     if isinstance(knob, Schedule):
-        options = ", ".join(
-            f"{name} {value}" for name, value in plain_options(knob.config).items() if value is not None
-        )
-        return f"{knob.name}({options})"
+        return f"{knob.name}{_changed(knob.config)}"
     return str(key) if knob is None else f"{knob:g}"
 
 
 def _gives(plan: Plan, call: Call) -> Iterator[str]:
+    taps = plan.spec.models[base_of(call.name)].engine.taps if isinstance(call, ModelCall) else {}
     for key in call.gives:
-        yield f"{key} {_dims(plan, key)}"
+        tap = taps.get(key.rpartition(".")[2])
+        yield f"{key} {_dims(plan, key)}" + ("" if tap is None else f" at {tap}")
 
 
 def _dims(plan: Plan, key: str) -> str:

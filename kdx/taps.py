@@ -164,16 +164,6 @@ class Tapped(nn.Module):
             found[name] = taken[name].flatten(1) if name == EMBEDDING else taken[name]
         return found
 
-    def predict(self, batch: Batch) -> Tensor:
-        """What the network answers when it is used: `net.predict` where there is one, else its logits."""
-        streams = [self.network.prepare(batch[stream]) for stream in self.network.streams]
-        predict = getattr(self.network.net, "predict", None)
-        answer = predict(*streams) if predict is not None else self.network.net(*streams)
-        answer = answer[LOGITS] if isinstance(answer, Mapping) else answer
-        if not isinstance(answer, Tensor):
-            raise PlanError(f"{type(self.network.net).__name__} predicts a {type(answer).__name__}, not a tensor")
-        return answer
-
     def protect(self, batch: Batch) -> None:
         """Find the taps that the net changes in place after they were taken, and clone them from now on.
 

@@ -277,8 +277,13 @@ def same_values(a: Values, b: Values, *, exact: bool) -> bool:
     return all(a[name].shape == b[name].shape and torch.allclose(a[name], b[name], rtol, atol) for name in a)
 
 
-def copies(value: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """The ways to copy an object, by name. A class inside of a function cannot be pickled by anybody."""
-    yield "copy.deepcopy", lambda: copy.deepcopy(value)
+def copies(value: Any, who: str) -> Iterator[tuple[str, Any]]:
+    """Copies of an object by each way there is. A class inside of a function cannot be pickled by anybody."""
+    ways: dict[str, Callable[[Any], Any]] = {"copy.deepcopy": copy.deepcopy}
     if "<locals>" not in type(value).__qualname__:
-        yield "pickle", lambda: pickle.loads(pickle.dumps(value))
+        ways["pickle"] = lambda original: pickle.loads(pickle.dumps(original))
+    for way, duplicate in ways.items():
+        try:
+            yield way, duplicate(value)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise AssertionError(f"{who}: it cannot be copied by {way}: {error}") from error

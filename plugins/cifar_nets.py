@@ -48,7 +48,6 @@ class StagedNet(nn.Module):
         self.stages = nn.ModuleList(stage.layers for stage in stages)
         self.end = end
         self.classifier = nn.Linear(width, classes)
-        self.num_features = width
         self.feature_info = [
             {"num_chs": stage.channels, "reduction": stage.reduction, "module": f"stages.{i}"}
             for i, stage in enumerate(stages)
@@ -210,7 +209,7 @@ def resnet50(channels: int, classes: int) -> StagedNet:
         )
         return Residual(branch, _shortcut(before, after, stride))
 
-    stages = _residual_stages(block, (64, 256, 512, 1024, 2048), [3, 4, 6, 3])
+    stages = _residual_stages(block, (64, 256, 512, 1024, 2048), (3, 4, 6, 3))
     return _initialised(StagedNet(_conv_norm(channels, 64, 3), stages, nn.Identity(), 2048, classes))
 
 

@@ -53,7 +53,7 @@ def test_smoothing_mixes_the_label_with_the_even_distribution() -> None:
 
 @pytest.mark.parametrize("smoothing", [-0.1, 1.0, math.nan])
 def test_smoothing_out_of_range_is_refused_by_name(smoothing: float) -> None:
-    with pytest.raises(ConfigError, match="^label_smoothing: found"):
+    with pytest.raises(ConfigError, match=r"^label_smoothing: found"):
         CrossEntropy(CrossEntropy.Config(label_smoothing=smoothing), Given())
 
 

@@ -262,5 +262,5 @@ def test_modalities_that_do_not_fit_are_refused(shapes: dict[str, kdx.Shape], te
 
 
 def test_an_unknown_term_is_refused_by_name() -> None:
-    with pytest.raises(kdx.ConfigError, match="^terms: found 'affinty'"):
+    with pytest.raises(kdx.ConfigError, match=r"^terms: found 'affinty'"):
         ClipDistillation(ClipDistillation.Config(terms=["affinty"]), kdx.Given({"student": (3,), "teacher": (3,)}))

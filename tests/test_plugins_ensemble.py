@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from kdx_plugins.ensemble import ConfidenceMean, EntropyMean, Mean, entropy, entropy_weights, log_confidence_weights
+from kdx_plugins.logit import soft_targets
 from torch import Tensor
 
 import kdx
 from kdx.testing import check_target
-from kdx_plugins.ensemble import ConfidenceMean, EntropyMean, Mean, entropy, entropy_weights, log_confidence_weights
-from kdx_plugins.logit import soft_targets
 
 STUDENT = torch.tensor(
     [[2.0, 1.0, 0.0, -1.0], [0.0, 0.5, -0.5, 1.0], [1.0, -1.0, 2.0, 0.0]],
@@ -111,6 +111,7 @@ def test_sharpness_zero_is_the_plain_mean() -> None:
     )
 
 
+@settings(deadline=None)
 @given(order=st.permutations(range(3)))
 def test_the_order_of_the_teachers_changes_only_the_order_of_the_weights(order: list[int]) -> None:
     for kind, knobs in ((Mean, (FOUR,)), (ConfidenceMean, (FOUR, FOUR)), (EntropyMean, (FOUR,))):

@@ -6,12 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
-
-import kdx
-from kdx.testing import check_loss
 from kdx_plugins.feature import (
     DISTANCES,
     AttentionTransfer,
@@ -21,6 +17,10 @@ from kdx_plugins.feature import (
     attention_transfer,
     distance,
 )
+from torch import Tensor, nn
+
+import kdx
+from kdx.testing import check_loss
 
 K = torch.arange(2 * 3 * 4 * 4, dtype=torch.float64).reshape(2, 3, 4, 4)
 STUDENT, TEACHER = (0.1 * K).sin(), (0.1 * K).cos()
@@ -55,6 +55,7 @@ def test_the_distances_are_what_their_names_say() -> None:
     assert cosine.tolist() == pytest.approx([1.0, 1 - 2.5 / (2**0.5 * 3.25**0.5)], abs=1e-6)
 
 
+@settings(deadline=None)
 @given(seed=st.integers(0, 1000), scale=st.floats(0.01, 100))
 def test_attention_ignores_a_factor_and_the_order_of_channels(seed: int, scale: float) -> None:
     student, teacher = normal(seed, 2, 5, 3, 4), normal(seed + 1, 2, 4, 3, 4)
@@ -63,6 +64,7 @@ def test_attention_ignores_a_factor_and_the_order_of_channels(seed: int, scale: 
     torch.testing.assert_close(attention_transfer(student.flip(1), teacher / scale), value)
 
 
+@settings(deadline=None)
 @given(seed=st.integers(0, 1000), power=st.floats(1, 4))
 def test_attention_has_length_one_so_its_distance_is_bounded(seed: int, power: float) -> None:
     maps = normal(seed, 3, 4, 5, 2), normal(seed + 1, 3, 4, 5, 2)

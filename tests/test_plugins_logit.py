@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from kdx_plugins.logit import LogitRegression, SoftTargets, logit_regression, soft_targets
 from torch import Tensor
 
 from kdx.testing import check_loss
-from kdx_plugins.logit import LogitRegression, SoftTargets, logit_regression, soft_targets
 
 STUDENT = torch.tensor(
     [[2.0, 1.0, 0.0, -1.0], [0.0, 0.5, -0.5, 1.0], [1.0, -1.0, 2.0, 0.0]],
@@ -46,6 +46,7 @@ def test_soft_targets_at_a_high_temperature_are_half_of_centred_regression() -> 
     assert soft_targets(STUDENT, TEACHER, tau(1000.0)).mean().item() == pytest.approx(0.2591377, abs=1e-7)
 
 
+@settings(deadline=None)
 @given(seed=st.integers(0, 1000), temperature=st.floats(0.5, 20))
 def test_the_gradient_of_soft_targets_is_tau_times_the_difference(seed: int, temperature: float) -> None:
     student, teacher = normal(seed, 4, 6).requires_grad_(), normal(seed + 1, 4, 6)
@@ -54,6 +55,7 @@ def test_the_gradient_of_soft_targets_is_tau_times_the_difference(seed: int, tem
     torch.testing.assert_close(student.grad, temperature * (p[0] - p[1]) / 4)
 
 
+@settings(deadline=None)
 @given(seed=st.integers(0, 1000), shift=st.floats(-50, 50))
 def test_a_constant_added_to_a_row_changes_nothing(seed: int, shift: float) -> None:
     student, teacher = normal(seed, 4, 6), normal(seed + 1, 4, 6)

@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
@@ -158,6 +158,7 @@ def test_every_schedule_can_be_filled_from_a_config_file(kind: type[Any], option
     assert kind(filled).at(clock(2)) == make(kind, **options).at(clock(2))
 
 
+@settings(deadline=None)
 @given(step=st.integers(0, 200), pace=st.integers(1, 9))
 def test_values_are_finite_floats_and_depend_on_the_clock_alone(step: int, pace: int) -> None:
     for kind, options in EXAMPLES:

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdx.errors import ConfigError, did_you_mean
+from kdx.options import read_options
 from kdx.randomness import Randomness
-from kdx.spec import read_options
 
 
 class Augmentation(ABC):

@@ -17,7 +17,6 @@ from kdx.types import DataFacts, Shape
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 """Mean and standard deviation per channel."""
-IMAGENET: Statistics = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 class PrepareImage(nn.Module):
@@ -76,7 +75,7 @@ class Timm(Model):
         if not timm.is_model(config.model):
             raise ConfigError(f"model: timm has no model {config.model!r}; {_near(config.model, timm.list_models())}")
         images = _image_streams(self.facts, self.streams)
-        channels = 3 if config.pretrained else images[0]
+        channels = config.args.get("in_chans", 3 if config.pretrained else images[0])
         classes = config.num_classes or len(self.facts.classes) or None
         arguments: dict[str, Any] = {
             "in_chans": channels,
@@ -86,7 +85,8 @@ class Timm(Model):
         try:
             net = timm.create_model(config.model, pretrained=pretrained, **arguments)
         except (TypeError, ValueError, RuntimeError, AssertionError) as error:
-            raise ConfigError(f"args: {config.model} refuses {config.args}: {error}") from error
+            problem = f"args: {config.model} refuses {config.args}" if config.args else f"model: no {config.model}"
+            raise ConfigError(f"{problem}: {error}") from error
         except OSError as error:
             raise ConfigError(f"pretrained: the weights of {config.model} cannot be had: {error}") from error
         return Network(net, self.streams, self._prepare(net, channels))
@@ -97,7 +97,10 @@ class Timm(Model):
         size = (self.config.size, self.config.size) if self.config.size else None
         if self.config.pretrained:
             own = timm.data.resolve_model_data_config(net)
-            return PrepareImage(channels, size or tuple(own["input_size"][-2:]), own["mean"], own["std"])
+            side = self.config.args.get("img_size")
+            expected = (side, side) if isinstance(side, int) else tuple(side or own["input_size"][-2:])
+            mean, std = (_for_channels(own[key], channels) for key in ("mean", "std"))
+            return PrepareImage(channels, size or expected, mean, std)
         return PrepareImage(channels, size, *_statistics(self.facts, self.streams, channels))
 
 
@@ -128,6 +131,7 @@ class Torchvision(Model):
         names = torchvision.models.list_models()
         if config.model not in names:
             raise ConfigError(f"model: torchvision has no model {config.model!r}; {_near(config.model, names)}")
+        preset = self._preset(config.weights)
         arguments = dict(config.args)
         if len(self.facts.classes) and config.weights is None:
             arguments.setdefault("num_classes", len(self.facts.classes))
@@ -137,9 +141,22 @@ class Torchvision(Model):
             raise ConfigError(f"args: {config.model} refuses its options: {error}") from error
         except OSError as error:
             raise ConfigError(f"weights: {config.weights} of {config.model} cannot be had: {error}") from error
-        statistics = IMAGENET if config.weights else _statistics(self.facts, self.streams, 3)
-        size = (config.size, config.size) if config.size else (224, 224) if config.weights else None
-        return Network(net, self.streams, PrepareImage(3, size, *statistics))
+        side = config.size or (preset.crop_size[0] if hasattr(preset, "crop_size") else None)
+        statistics = _statistics(self.facts, self.streams, 3)
+        if preset is not None:
+            statistics = tuple(preset.mean), tuple(preset.std)
+        return Network(net, self.streams, PrepareImage(3, (side, side) if side else None, *statistics))
+
+    def _preset(self, weights: str | None) -> Any:
+        """What these published weights expect of their images."""
+        import torchvision
+
+        if weights is None:
+            return None
+        published = torchvision.models.get_model_weights(self.config.model).__members__
+        if weights not in published:
+            raise ConfigError(f"weights: {self.config.model} has no {weights!r}; {did_you_mean(weights, published)}")
+        return published[weights].transforms()
 
 
 class Onnx(Model):
@@ -225,9 +242,12 @@ def _statistics(
     """Mean and standard deviation of the data for a net with this many channels."""
     stream = facts.streams[streams[0]]
     mean, std = stream.mean or (0.5,), stream.std or (0.5,)
-    if len(mean) != channels:
-        mean, std = (sum(mean) / len(mean),) * channels, (sum(std) / len(std),) * channels
-    return mean, std
+    return _for_channels(mean, channels), _for_channels(std, channels)
+
+
+def _for_channels(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
+    """One value per channel; their mean for each where the net has another number of channels."""
+    return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
 
 
 def _near(name: str, names: list[str]) -> str:
