@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from kdx.components import Dataset, Given, Network, Node
-from kdx.config import load, load_mapping, overlay, parse_override
+from kdx.components import OPTIONAL, Dataset, Given, Network, Node
+from kdx.config import load, load_mapping
 from kdx.errors import ConfigError, did_you_mean
 from kdx.options import read_options
 from kdx.plugins import KINDS, discover
@@ -28,6 +30,7 @@ class RunResult:
     folder: Path
     result: Result
     _net: nn.Module | None = field(default=None, repr=False)
+    _plugins: tuple[str, ...] = field(default=(), repr=False)
 
     @property
     def metrics(self) -> Mapping[str, float]:
@@ -35,13 +38,13 @@ class RunResult:
 
     def student(self) -> Network:
         """The trained student in evaluation mode; it takes raw images in `0..1`."""
-        return load_student(self.folder, self._net)
+        return load_student(self.folder, copy.deepcopy(self._net), plugins=self._plugins)
 
 
 def run(
     config: str | Path | Mapping[str, Any],
     *,
-    overrides: Sequence[str] | Mapping[str, Any] = (),
+    overrides: str | Sequence[str] | Mapping[str, Any] = (),
     models: Mapping[str, nn.Module] | None = None,
     data: Any = None,
     fresh: bool = False,
@@ -54,36 +57,42 @@ def run(
     the trained one comes from `RunResult.student()`. `data` is a `kdx.Dataset`, a mapping of splits to tensors, or a
     mapping of splits to torch data sets of (input, label) pairs. Raises a `KdxError` for whatever does not fit.
     """
-    given = load(config) if isinstance(config, (str, Path)) else load_mapping(config)
-    layers = [overrides] if isinstance(overrides, Mapping) else [parse_override(text) for text in overrides]
-    for layer in layers:
-        given = overlay(given, layer)
+    layers = [overrides] if isinstance(overrides, (str, Mapping)) else overrides
+    if isinstance(config, (str, Path)):
+        given = load(config, layers)
+    elif isinstance(config, Mapping):
+        given = load_mapping(config, overrides=layers)
+    else:
+        raise ConfigError(f"config: found a {type(config).__name__}, expected the path of a file or a mapping")
     networks = dict(models or {})
     for name, net in networks.items():
         if not isinstance(net, nn.Module):
             raise ConfigError(f"models[{name!r}]: found a {type(net).__name__}, expected a torch module")
     options = Options(fresh=fresh, quiet=quiet, data=_dataset(data), networks=networks)
-    prepared = prepare(load_mapping(given), options)
+    prepared = prepare(given, options)
     result = carry_out(prepared, options)
-    return RunResult(prepared.folder, result, networks.get("student"))
+    files = tuple(item for item in prepared.spec.root.plugins if item.endswith(".py"))
+    return RunResult(prepared.folder, result, networks.get("student"), files)
 
 
 def make(
-    kind: str, name: str, *, shapes: Mapping[str, Any] | None = None, facts: DataFacts | None = None, **options: Any
+    kind: str, name: str, /, *, shapes: Mapping[str, Any] | None = None, facts: DataFacts | None = None, **options: Any
 ) -> Any:
     """A component ready to call: `kdx.make("losses", "kd")(student=z_s, teacher=z_t, temperature=torch.tensor(2.0))`.
 
     `shapes` maps each input to the shape of one sample, for components that build modules from it; `facts` describe
-    the data. Knobs take part as arguments of the call; those left out have their defaults. Raises `ConfigError` for a
-    kind, name or option that does not exist.
+    the data. A knob may be given here as a number, or as an argument of the call; else it has its default. Raises
+    `ConfigError` for a kind, name or option that does not exist, and for shapes that are needed and absent.
     """
     if kind not in KINDS:
         raise ConfigError(f"make: no kind of component is called {kind!r}; {did_you_mean(kind, KINDS, what='kinds')}")
     component = discover().find(kind, name, "make").component
-    config = read_options(component.Config, options, name)
+    if facts is None and kind in ("models", "metrics"):
+        raise ConfigError(f"make: {name} is made for the data that it will see; give facts=kdx.DataFacts(...)")
     facts = facts or DataFacts(streams={})
     if issubclass(component, Node):
-        return _Callable(component(config, Given(dict(shapes or {}), facts)))
+        return _make_node(component, name, options, Given(dict(shapes or {}), facts))
+    config = read_options(component.Config, options, name)
     if kind == "models":
         streams = tuple(stream for stream, about in facts.streams.items() if about.kind != "label")
         return component(config, facts, streams or ("image",)).build()
@@ -92,16 +101,37 @@ def make(
     return component(config)
 
 
-class _Callable(nn.Module):
-    """A node whose knobs default to what a config would give."""
+def _make_node(component: type[Node], name: str, options: Mapping[str, Any], given: Given) -> _Callable:
+    knobs = {key: options.get(key, knob.default) for key, knob in component.knobs.items()}
+    for key, value in knobs.items():
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        problem = component.knobs[key].problem(value) if number else "must be a number"
+        if problem:
+            raise ConfigError(f"{name}.{key}: found {value!r}; it {problem}")
+    config = read_options(component.Config, {key: options[key] for key in options if key not in knobs}, name)
+    try:
+        return _Callable(component(config, given), knobs)
+    except KeyError as error:
+        if error.args[0] not in component.inputs:
+            raise
+        example = f"shapes={{{error.args[0]!r}: (10,), ...}}"
+        raise ConfigError(f"{name}: it is built from the shapes of its inputs; give them, as in {example}") from error
 
-    def __init__(self, node: Node) -> None:
+
+class _Callable(nn.Module):
+    """A node whose knobs have values unless a call gives others."""
+
+    def __init__(self, node: Node, knobs: Mapping[str, float]) -> None:
         super().__init__()
         self.node = node
+        self.knobs = dict(knobs)
 
     def forward(self, **tensors: Any) -> Any:
-        knobs = {name: torch.tensor(knob.default) for name, knob in self.node.knobs.items() if name not in tensors}
-        absent = {name: None for name in self.node.inputs if name not in tensors and name != "like"}
+        needed = [name for name, spec in self.node.inputs.items() if spec is not OPTIONAL and name != "like"]
+        if missing := [name for name in (*needed, *self.node.borrows) if name not in tensors]:
+            raise TypeError(f"{self.node.name} is called without {', '.join(missing)}")
+        knobs = {name: torch.tensor(float(value)) for name, value in self.knobs.items() if name not in tensors}
+        absent = {name: None for name, spec in self.node.inputs.items() if spec is OPTIONAL and name not in tensors}
         return self.node(**absent, **knobs, **tensors)
 
 
@@ -112,4 +142,10 @@ def _dataset(data: Any) -> Dataset | None:
         raise ConfigError(f"data: found a {type(data).__name__}, expected a kdx.Dataset or a mapping of splits")
     from kdx.builtin.tensor_data import TensorDataset
 
+    known = inspect.signature(TensorDataset.from_tensors).parameters
+    for key in data:
+        if key not in known:
+            raise ConfigError(f"data: {key!r} is no split or option; {did_you_mean(str(key), known)}")
+    if "train" not in data:
+        raise ConfigError("data: there is no split `train`")
     return TensorDataset.from_tensors(**data)

@@ -19,6 +19,9 @@ from kdx.errors import CheckpointError, did_you_mean
 from kdx.files import write_file
 
 LAST, PREVIOUS = "last.pt", "previous.pt"
+TORN = ".torn"
+WRAPPED = "module."
+"""What a net saved inside of `DistributedDataParallel` puts before its names."""
 
 
 def save_weights(net: nn.Module, path: Path, about: Mapping[str, str] | None = None) -> None:
@@ -53,13 +56,15 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             break
     if not isinstance(found, dict) or not found or not all(isinstance(value, Tensor) for value in found.values()):
         raise CheckpointError(f"{path} holds no state dict: expected names with tensors")
-    return {str(name).removeprefix("module."): value for name, value in found.items()}
+    return {str(name): value for name, value in found.items()}
 
 
 def load_weights(net: nn.Module, path: Path, where: str) -> None:
     """Put the weights of a file into a net; names and shapes must be the net's own."""
     tensors = read_weights(path)
     own = net.state_dict()
+    if all(name.startswith(WRAPPED) for name in tensors) and not any(name.startswith(WRAPPED) for name in own):
+        tensors = {name.removeprefix(WRAPPED): value for name, value in tensors.items()}
     missing = [name for name in own if name not in tensors]
     extra = [name for name in tensors if name not in own]
     if missing or extra:
@@ -94,6 +99,7 @@ def load_state(folder: Path) -> dict[str, Any] | None:
     A torn or altered file is passed over with a warning that names it; `CheckpointError` when none is readable.
     """
     problems: list[str] = []
+    unusable: list[Path] = []
     for name in (LAST, PREVIOUS):
         path = folder / name
         if not path.exists():
@@ -108,9 +114,11 @@ def load_state(folder: Path) -> dict[str, Any] | None:
         except (OSError, RuntimeError, ValueError, EOFError, KeyError, zipfile.BadZipFile, pickle.UnpicklingError,
                 CheckpointError) as error:  # fmt: skip
             problems.append(f"{path} is not usable: {_first_line(error)}")
+            unusable.append(path)
             continue
-        for problem in problems:
+        for problem, other in zip(problems, unusable, strict=True):
             warnings.warn(f"{problem}; going on from {path.name}", stacklevel=2)
+            other.replace(other.with_suffix(TORN))  # or the next save would keep it in place of the good one
         return state
     if problems:
         raise CheckpointError("; ".join(problems) + "; start afresh with --fresh")

@@ -20,30 +20,31 @@ if TYPE_CHECKING:
 
     from kdx.runs import Prepared
 
-FAILED, REFUSED, STOPPED = 1, 2, 75
-"""Exit codes: a bug, an input that was refused, a run that saved its state and can go on (EX_TEMPFAIL)."""
+FAILED, REFUSED, STOPPED, INTERRUPTED = 1, 2, 75, 130
+"""Exit codes: a bug, an input that was refused, a run that saved its state and can go on (EX_TEMPFAIL), Ctrl-C."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     errors = Console(stderr=True)
     try:
         code: int = options.command(options)
         return code
     except KdxError as error:
-        if options.debug:
-            raise
         from kdx.runs import Stopped
 
-        errors.print(
-            _message(error),
-            style="yellow" if isinstance(error, Stopped) else "red",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
-        return STOPPED if isinstance(error, Stopped) else REFUSED
+        stopped = isinstance(error, Stopped)
+        if options.debug and not stopped:
+            raise
+        style = "yellow" if stopped else "red"
+        errors.print(_message(error), style=style, markup=False, highlight=False, soft_wrap=True)
+        return STOPPED if stopped else REFUSED
+    except KeyboardInterrupt:
+        if options.debug:
+            raise
+        errors.print("interrupted; what was saved before is used when it is started again", style="yellow")
+        return INTERRUPTED
     except BrokenPipeError:
         return 0
     except Exception as error:
@@ -109,6 +110,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options of the command line. Overrides may stand before and after options, which argparse does not see to."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    unknown = [word for word in rest if word.startswith("-") or "=" not in word or "overrides" not in options]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options
+
+
 def _config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, help="a config file")
     parser.add_argument(
@@ -143,12 +156,13 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _dry_run(prepared: Prepared, how: Any, out: Console) -> None:
-    from kdx.runs import build_plan, family, finished
+    from kdx.runs import check_run, family, finished
     from kdx.table import plan_table
 
-    out.print(plan_table(build_plan(prepared, how, trained=False)))
-    for one in family(prepared):
-        build_plan(one, how, trained=False)
+    runs = [one for one, _ in family(prepared, how)]
+    plans = [check_run(one, how) for one in runs]
+    out.print(plan_table(plans[-1]))
+    for one in runs:
         state = (
             "finished"
             if finished(one)

@@ -21,23 +21,23 @@ _IDENTITY = ("use", "extends")
 """What a section is made from: where this changes, the options that stood beside it mean nothing any more."""
 
 
-def load(path: str | Path, overrides: Iterable[str] = ()) -> Mapped:
+def load(path: str | Path, overrides: Iterable[str | Mapping[str, Any]] = ()) -> Mapped:
     """A config file with everything that it extends, the overrides laid over it, and interpolations resolved.
 
     The result has no `extends`. Paths of runs, plugins and checkpoints are relative to the file that names them and
-    come out absolute. `name` defaults to the file's stem.
+    come out absolute. `name` defaults to the file's stem. An override is `key=value` or a mapping.
     """
     path = Path(path)
     given = _read_layers(path, ())
     given.setdefault("name", path.stem)
-    for override in overrides:
-        given = overlay(given, _paths_from(parse_override(override), Path.cwd()))
-    return resolve(given)
+    return resolve(_overridden(given, overrides))
 
 
-def load_mapping(given: Mapping[str, Any], folder: Path | None = None) -> Mapped:
+def load_mapping(
+    given: Mapping[str, Any], folder: Path | None = None, overrides: Iterable[str | Mapping[str, Any]] = ()
+) -> Mapped:
     """As `load`, for a config written as a mapping; `folder` is what its paths are relative to."""
-    return resolve(_extended(dict(copy.deepcopy(given)), folder or Path.cwd(), ()))
+    return resolve(_overridden(_extended(dict(copy.deepcopy(given)), folder or Path.cwd(), ()), overrides))
 
 
 def overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> Mapped:
@@ -96,6 +96,13 @@ def resolve(given: Mapped) -> Mapped:
 def to_yaml(config: Mapping[str, Any]) -> str:
     """A config as YAML, keys in the order given."""
     return yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True, default_flow_style=None, width=100)
+
+
+def _overridden(given: Mapped, overrides: Iterable[str | Mapping[str, Any]]) -> Mapped:
+    for override in overrides:
+        layer = parse_override(override) if isinstance(override, str) else dict(override)
+        given = overlay(given, _paths_from(layer, Path.cwd()))
+    return given
 
 
 def _read_layers(path: Path, above: tuple[Path, ...]) -> Mapped:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from collections.abc import Callable
@@ -16,9 +17,9 @@ def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
     Raises `KdxError` when the disk is full or not writable; `path` is as it was then.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f".{path.name}.new")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with fresh.open("wb") as file:
             write(file)
             file.flush()
@@ -29,9 +30,13 @@ def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
-    except OSError as error:
-        fresh.unlink(missing_ok=True)
-        reason = "no space is left on the device" if error.errno == errno.ENOSPC else str(error.strerror or error)
+    except Exception as error:
+        with contextlib.suppress(OSError):
+            fresh.unlink(missing_ok=True)
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save ends in an error of its own
+        if not isinstance(cause, OSError):
+            raise
+        reason = "no space is left on the device" if cause.errno == errno.ENOSPC else str(cause.strerror or cause)
         raise KdxError(f"cannot write {path}: {reason}; the file is as it was before") from error
 
 

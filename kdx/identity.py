@@ -37,8 +37,8 @@ def run_hash(spec: RunSpec, dataset: Dataset, reached: Reach, needs: Mapping[str
         train.pop(key)
     content = {
         "seed": spec.root.seed,
-        "data": [_part(spec.data), asdict(spec.splits), dataset.fingerprint()],
-        "views": {name: _part(view) for name, view in spec.views.items()},
+        "data": [_in_order(spec.data), asdict(spec.splits), dataset.fingerprint()],
+        "views": {name: _in_order(view) for name, view in spec.views.items()},
         "models": {name: _model(spec.models[name], _fields(reached, name), needs.get(name)) for name in reached.models},
         "nodes": {name: _node(node) for name, node in reached.nodes.items()},
         "metrics": [_part(part) for part in spec.metrics],
@@ -55,6 +55,9 @@ def used_plugins(spec: RunSpec, reached: Reach) -> list[Plugin]:
     parts: list[Any] = [spec.data, spec.updater, *spec.metrics, *reached.nodes.values()]
     parts += [spec.models[name] for name in reached.models]
     names = {part.entry.plugin.name for part in parts}
+    knobs = [spec.lr, *(knob for node in reached.nodes.values() for knob in node.knobs.values())]
+    entries = spec.registry.entries
+    names |= {entries["schedules", knob.name].plugin.name for knob in knobs if isinstance(knob, Schedule)}
     return [plugin for plugin in spec.registry.plugins if plugin.name in names]
 
 
@@ -84,7 +87,7 @@ def environment(
 def network_digest(net: nn.Module) -> str:
     """A digest of a module's structure and weights."""
     digest = hashlib.sha256(repr(net).encode())
-    for name, value in net.state_dict().items():
+    for name, value in {**net.state_dict(), **dict(net.named_buffers())}.items():
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
@@ -107,11 +110,19 @@ def _part(part: Part) -> list[Any]:
     return [part.entry.component.name, plain_options(part.options)]
 
 
+def _in_order(part: Part) -> str:
+    """A data set as text: augmentations act in the order in which they are given, so that order counts."""
+    return json.dumps(_part(part), default=str)
+
+
 def _model(spec: ModelSpec, fields: Iterable[str], need: str | None) -> dict[str, Any]:
     checkpoint = spec.engine.checkpoint
     weights = file_digest(Path(checkpoint), f"{spec.where}.checkpoint") if checkpoint is not None else None
+    options = plain_options(spec.options)
+    if (file := options.get("path")) is not None and Path(file).is_file():
+        options["path"] = file_digest(Path(file), f"{spec.where}.path")
     return {
-        "component": [spec.entry.component.name, plain_options(spec.options)],
+        "component": [spec.entry.component.name, options],
         "input": spec.engine.input,
         "taps": {name: tap for name, tap in spec.engine.taps.items() if name in fields},
         "trainable": spec.engine.trainable,

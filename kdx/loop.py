@@ -7,6 +7,7 @@ Nothing between a batch and its report waits for the device.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,16 +16,16 @@ import torch
 from torch import Tensor
 
 from kdx.calls import Key
-from kdx.components import Dataset, Metric, Network, Updater
+from kdx.components import Dataset, Metric, Network, Schedule, Updater
 from kdx.data import Loader, Splits, View, in_order
 from kdx.deploy import deployed
 from kdx.modules import Average, Knobs, Learner, Teachers, overrides, trained
 from kdx.optim import make_optimizer, set_lr
-from kdx.plan import Plan
+from kdx.plan import Plan, without_trace
 from kdx.randomness import Randomness
 from kdx.runtime import Runtime
 from kdx.spec import Part, RunSpec
-from kdx.types import Batch, Clock, EvalReport, StepReport
+from kdx.types import Batch, Clock, DataFacts, EvalReport, StepReport
 
 Watch = Callable[[Any], None]
 
@@ -82,10 +83,11 @@ def make_session(spec: RunSpec, plan: Plan, dataset: Dataset, splits: Splits, ru
     teachers, learner = Teachers(plan), Learner(plan)
     runtime.place(teachers)
     runtime.place(learner)
-    optimizer = make_optimizer(trained(spec, learner), options.optimizer, device=runtime.device)
-    runtime.prepare(learner, optimizer, options.clip)
     loader = Loader(splits.train, options.batch, spec.root.seed, spec.runtime.workers)
     steps_per_epoch, steps = length(spec, len(splits.train))
+    peak = highest(spec.lr, steps_per_epoch, steps)
+    optimizer = make_optimizer(trained(spec, learner), options.optimizer, device=runtime.device, peak=peak)
+    runtime.prepare(learner, optimizer, options.clip)
     updater: Updater = spec.updater.entry.component(spec.updater.options)
     network = deployed(plan)
     average = Average(network, options.ema) if options.ema is not None else None
@@ -103,12 +105,20 @@ def length(spec: RunSpec, samples: int) -> tuple[int, int]:
     return steps_per_epoch, options.updates or max(1, round((options.epochs or 0) * steps_per_epoch))
 
 
+def highest(lr: float | Schedule, steps_per_epoch: int, steps: int) -> float:
+    """The highest learning rate of a training."""
+    if isinstance(lr, float):
+        return lr
+    return max(lr.at(Clock(step, steps_per_epoch, steps)) for step in range(steps))
+
+
 def train(session: Session, watchers: Watchers) -> None:
     """Train from where the session stands to its end, or until `watchers.stop` says so."""
     if session.step == 0:
         calibrate(session)
     session.learner.train()
-    changers = [node for node in session.learner.nodes.values() if overrides(node, "after_update")]  # type: ignore[arg-type]
+    nodes = (*session.teachers.nodes.values(), *session.learner.nodes.values())
+    changers = [node for node in nodes if overrides(node, "after_update")]  # type: ignore[arg-type]
     for batch in batches(session):
         clock = session.clock
         knobs = session.knobs.at(clock)
@@ -181,7 +191,7 @@ def split(batch: Batch, count: int) -> list[Batch]:
 
 
 def calibrate(session: Session) -> None:
-    """Show some batches to the nodes that want to see data before training."""
+    """Show some batches to the nodes that want to see data before training; models stay as they are."""
     nodes = [*session.teachers.nodes.values(), *session.learner.nodes.values()]
     if not any(overrides(node, "calibrate") for node in nodes):  # type: ignore[arg-type]
         return
@@ -189,8 +199,9 @@ def calibrate(session: Session) -> None:
     for _, batch in zip(range(session.spec.train.calibration), source, strict=False):
         batch = session.dataset.on_device(session.runtime.move(batch), None)
         knobs = session.knobs.at(session.clock)
-        with torch.no_grad(), session.runtime.autocast():
-            kept = session.teachers(batch, knobs)
+        models = session.learner.models.values()
+        with torch.no_grad(), without_trace(*models), session.runtime.autocast():
+            kept = session.teachers.calibrate(batch, knobs)
             session.learner.calibrate(batch, kept, knobs)
 
 
@@ -204,7 +215,7 @@ def validate(session: Session, watchers: Watchers) -> None:
     session.last = found
     score, old = metrics.get(options.monitor), (session.best or {}).get("val", {}).get(options.monitor)
     sign = -1.0 if options.minimise else 1.0
-    better = score is None or old is None or sign * score > sign * old
+    better = score is None or old is None or math.isnan(old) or sign * score > sign * old
     if better:
         session.best = found
         watchers.improved(session)
@@ -223,7 +234,7 @@ class Evaluation:
 @torch.no_grad()
 def evaluate(session: Session, view: View, answer: Callable[[Batch], Tensor]) -> Evaluation:
     """Every metric of the config for the logits that `answer` gives on a split."""
-    metrics = tuple(make_metric(part, session) for part in session.spec.metrics)
+    metrics = tuple(make_metric(part, session.plan.facts, session.runtime.device) for part in session.spec.metrics)
     with session.runtime.stopwatch.phase("evaluation"), evaluating(session.learner):
         for batch in in_order(view, session.spec.runtime.eval_batch, session.spec.runtime.workers):
             batch = session.dataset.on_device(session.runtime.move(batch), None)
@@ -252,9 +263,9 @@ class evaluating:  # noqa: N801  (a context manager, used as a verb)
         self._module.train(self._was)
 
 
-def make_metric(part: Part, session: Session) -> Metric:
+def make_metric(part: Part, facts: DataFacts, device: torch.device) -> Metric:
     """A fresh metric on the device."""
-    metric: Metric = part.entry.component(part.options, session.plan.facts, session.runtime.device)
+    metric: Metric = part.entry.component(part.options, facts, device)
     return metric
 
 

@@ -68,6 +68,15 @@ class Teachers(nn.Module):
         execute(self._calls, values)
         return {key: values[key] for key in self._kept}
 
+    @torch.no_grad()
+    def calibrate(self, batch: Batch, knobs: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
+        """As a forward pass, with the batch handed to the targets that want to see data before training."""
+        values = _start(batch, knobs)
+        for call in self._calls:
+            _calibrate(call, values)
+            call.run(values)
+        return {key: values[key] for key in self._kept}
+
 
 class Learner(nn.Module):
     """The side that learns: the student, trainable peers, aligners and losses with their parameters.
@@ -109,10 +118,11 @@ class Learner(nn.Module):
         """Hand one batch to the nodes that want to see data before training."""
         values = _start(batch, knobs)
         values.update(kept)
-        for call in (*self._calls, *self._losses):
-            if isinstance(call, NodeCall) and overrides(call.module, "calibrate"):
-                call.module.calibrate(**call.inputs(values))
+        for call in self._calls:
+            _calibrate(call, values)
             call.run(values)
+        for loss in self._losses:  # not run: nothing reads them, and some remember what they have seen
+            _calibrate(loss, values)
 
 
 class Average:
@@ -159,6 +169,11 @@ def overrides(node: Node, method: str) -> bool:
 def generators(plan: Plan) -> dict[str, torch.Generator]:
     """The random generator of every node, by the node's name."""
     return {call.name: call.module.given.generator for call in plan.calls if isinstance(call, NodeCall)}
+
+
+def _calibrate(call: Call, values: Values) -> None:
+    if isinstance(call, NodeCall) and overrides(call.module, "calibrate"):
+        call.module.calibrate(**call.inputs(values))
 
 
 def _models(calls: tuple[Call, ...]) -> dict[str, nn.Module]:

@@ -69,7 +69,7 @@ def conclude(
         ),
         teachers={name: _teacher_row(session, name, needs) for name in session.plan.teachers},
         targets={name: _evaluated(session, answer) for name, answer in _ensembles(session).items()},
-        plain=None if plain is None else _row(*plain),
+        plain=None if plain is None else run_row(*plain),
     )
 
 
@@ -96,7 +96,8 @@ def _confusion(test: Evaluation) -> list[list[int]]:
     return []
 
 
-def _row(folder: Path, result: Result) -> Row:
+def run_row(folder: Path, result: Result) -> Row:
+    """What a finished run brings to the comparison."""
     best = result.best
     return Row(folder.name, result.labelled, best.epoch, best.test, best.val, result.last.test, result.size)
 
@@ -109,7 +110,7 @@ def _evaluated(session: Session, answer: Callable[[Batch], Tensor]) -> Row:
 def _teacher_row(session: Session, name: str, needs: Needs) -> Row:
     """A teacher that is a run brings its own numbers; any other is evaluated here."""
     if name in needs:
-        return _row(*needs[name])
+        return run_row(*needs[name])
     tapped = session.plan.teachers[name]
     classes = len(session.plan.facts.classes)
     answers = session.plan.shapes.get(f"{name}.{LOGITS}") == (classes,)

@@ -229,6 +229,7 @@ def _probe(call: Call, values: Values, shapes: dict[Key, Shape]) -> None:
     modules: list[nn.Module] = [call.module]
     generator = None
     if isinstance(call, NodeCall):
+        _check_knobs(call, shapes)
         modules += [part.module for part in call.parts.values()]
         generator = call.module.given.generator
     with without_trace(*modules, generator=generator), torch.no_grad():
@@ -239,7 +240,8 @@ def _probe(call: Call, values: Values, shapes: dict[Key, Shape]) -> None:
         except KdxError as error:
             raise type(error)(f"{call.where}: {error}") from error
         except Exception as error:
-            listing = ", ".join(f"{key} {list(shapes[key])}" for key in call.reads if key in shapes)
+            given = [key for key in dict.fromkeys(call.reads) if not key.startswith(f"{call.where}.")]
+            listing = ", ".join(f"{key} {list(shapes[key])}" for key in given if key in shapes)
             label = call.label if isinstance(call, NodeCall) else call.where
             raise PlanError(f"{label} does not run on {listing}: {type(error).__name__}: {error}") from error
     for key in call.gives:
@@ -254,6 +256,15 @@ def _probe(call: Call, values: Values, shapes: dict[Key, Shape]) -> None:
         _check_result(call, shapes)
 
 
+def _check_knobs(call: NodeCall, shapes: Mapping[Key, Shape]) -> None:
+    knobs = {name: call.arguments[name] for name in call.module.knobs}
+    for name, key in {**knobs, "weight": call.weight}.items():
+        if isinstance(key, str) and shapes.get(key, ()) != ():
+            raise PlanError(
+                f"{call.where}.{name}: {key} has shape {list(shapes[key])} per sample; a knob is one number"
+            )
+
+
 def _check_result(call: NodeCall, shapes: Mapping[Key, Shape]) -> None:
     if isinstance(call.module, Loss) and shapes[call.gives[0]] != ():
         raise PlanError(
@@ -266,16 +277,6 @@ def _check_result(call: NodeCall, shapes: Mapping[Key, Shape]) -> None:
             raise PlanError(
                 f"{call.label}: gives {list(shapes[call.gives[0]])}, expected the shape of like {list(like)}"
             )
-    for name in call.module.knobs:
-        key = call.arguments[name]
-        if isinstance(key, str) and shapes.get(key, ()) != ():
-            raise PlanError(
-                f"{call.where}.{name}: {key} has shape {list(shapes[key])} per sample; a knob is one number"
-            )
-    if call.weight and shapes.get(call.weight, ()) != ():
-        raise PlanError(
-            f"{call.where}.weight: {call.weight} has shape {list(shapes[call.weight])}; a knob is one number"
-        )
 
 
 @contextmanager

@@ -128,7 +128,9 @@ class Resolver:
     def key(self, ref: str, where: str) -> Key:
         """The key of a ref; a `PlanError` with the nearest valid ref where it names nothing."""
         owner, dot, name = ref.partition(".")
-        owner = self._alias(owner, ref, where)
+        base, at, view = owner.partition("@")
+        base = self._alias(base, ref, where)
+        owner = f"{base}{at}{view}"
         if owner == "batch":
             streams = {*self.facts.streams, "index"}
             if name not in streams:
@@ -136,7 +138,6 @@ class Resolver:
                     f"{where}: the data has no stream {name!r}; {did_you_mean(name, streams, what='streams')}"
                 )
             return f"batch.{name}"
-        base, at, view = owner.partition("@")
         if base in self.spec.models:
             if at and view not in self.spec.views:
                 raise PlanError(f"{where}: the data has no view {view!r}; {did_you_mean(view, self.spec.views)}")

@@ -20,21 +20,24 @@ from torch import nn
 from kdx.builtin.watchers import JsonLines, Progress, TensorBoard
 from kdx.checkpoint import load_state, load_weights, save_state, save_weights
 from kdx.components import Dataset, Network
-from kdx.config import load_mapping, to_yaml
+from kdx.config import to_yaml
 from kdx.data import SplitOptions, Splits, Viewed, make_splits
+from kdx.derive import expand_runs, plain_config
 from kdx.errors import CheckpointError, ConfigError, KdxError
 from kdx.files import write_text
 from kdx.identity import environment, network_digest, run_hash
-from kdx.loop import Session, Watchers, length, make_session, train
-from kdx.modules import generators
-from kdx.outcome import conclude
+from kdx.loop import Session, Watchers, make_session, train
+from kdx.outcome import conclude, run_row
 from kdx.plan import Plan, make_plan
 from kdx.plugins import Registry, compile_hook, discover
+from kdx.preflight import check_ready
+from kdx.randomness import derive_seed
 from kdx.reach import Reach, reach
 from kdx.report import write_report
 from kdx.result import Result, read_result, write_result
+from kdx.resume import restore, training_state
 from kdx.runtime import Runtime
-from kdx.spec import ModelSpec, NodeSpec, RunSpec, check, full_config
+from kdx.spec import ModelSpec, RunSpec, check, full_config
 from kdx.student import STUDENT
 from kdx.table import plan_text
 from kdx.types import Batch, RunInfo
@@ -57,6 +60,8 @@ class Options:
     data: Dataset | None = None
     networks: Mapping[str, nn.Module] = field(default_factory=dict)
     stop: Callable[[], bool] = field(default=lambda: False)
+    trained: set[Path] = field(default_factory=set)
+    """The folders that were trained already: `fresh` trains each of them once."""
 
 
 @dataclass(frozen=True)
@@ -105,9 +110,8 @@ def prepare(
     splits = make_splits(dataset, spec.splits)
     sample = dataset.on_device(splits.train.fetch([0, min(1, len(splits.train) - 1)]), None)
     reached = reach(spec, splits.facts)
-    alone = replace(options, networks={}, data=None)
     needs = {
-        name: prepare({**spec.models[name].engine.run, "out": spec.root.out, "baseline": False}, alone)
+        name: _prepare_need(spec.models[name].engine.run, spec, options)
         for name in reached.models
         if spec.models[name].engine.run is not None
     }
@@ -118,6 +122,12 @@ def prepare(
         own = {name: net for name, net in options.networks.items() if name == "student"}
         plain = prepare(derived, replace(options, networks=own), registry=registry)
     return Prepared(spec, dataset, splits, sample, reached, digest, folder, needs, plain, given)
+
+
+def _prepare_need(run: Mapping[str, Any], spec: RunSpec, options: Options) -> Prepared:
+    """A run that a model comes from. Data handed in from Python is its data too if its config says `use: tensors`."""
+    data = options.data if (run.get("data") or {}).get("use") == "tensors" else None
+    return prepare({**run, "out": spec.root.out, "baseline": False}, replace(options, networks={}, data=data))
 
 
 def build_plan(prepared: Prepared, options: Options, *, trained: bool, device: torch.device | None = None) -> Plan:
@@ -147,137 +157,71 @@ def carry_out(prepared: Prepared, options: Options) -> Result:
     """Train what is missing and give the result: first the runs that this one needs, then the plain student, then
     this one. A finished run with the same hash is taken as it is; a half-finished one goes on.
     """
-    for one in family(prepared):  # whatever can be refused is refused before anything trains
+    for one, how in family(prepared, options):  # whatever can be refused is refused before anything trains
         if options.fresh or not finished(one):
-            build_plan(one, options, trained=False)
-    for need in prepared.needs.values():
-        carry_out(need, replace(options, networks={}, data=None))
-    if prepared.plain is not None:
-        carry_out(prepared.plain, options)
+            check_run(one, how)
+    results = [_take_or_train(one, how) for one, how in family(prepared, options)]
+    return results[-1]
+
+
+def check_run(prepared: Prepared, options: Options) -> Plan:
+    """Refuse whatever can be refused before the runs that a run needs are trained; gives its plan."""
+    runtime = Runtime(prepared.spec.runtime)
+    plan = build_plan(prepared, options, trained=False)
+    check_ready(plan, prepared.dataset, prepared.splits, runtime)
+    return plan
+
+
+def family(prepared: Prepared, options: Options) -> Iterator[tuple[Prepared, Options]]:
+    """A run and all that it needs, each once, the needed ones first, with how each is carried out."""
+    seen: set[Path] = set()
+
+    def walk(one: Prepared, how: Options) -> Iterator[tuple[Prepared, Options]]:
+        for need in one.needs.values():
+            yield from walk(need, replace(how, networks={}))
+        if one.plain is not None:
+            yield from walk(one.plain, how)
+        if one.folder not in seen:
+            seen.add(one.folder)
+            yield one, how
+
+    return walk(prepared, options)
+
+
+def _take_or_train(prepared: Prepared, options: Options) -> Result:
     folder = prepared.folder
     with locked(folder, options.console):
-        if options.fresh:
+        if options.fresh and folder not in options.trained:
             _clear(folder)
         if finished(prepared):
             _say(options, f"{folder.name}: finished before, taken as it is")
-            return read_result(folder)
-        return _train(prepared, options)
+            return _completed(prepared)
+        with _own_randomness(prepared.spec.root.seed):
+            result = _train(prepared, options)
+        options.trained.add(folder)
+        return result
 
 
-def family(prepared: Prepared) -> Iterator[Prepared]:
-    """A run and all that it needs, each once, the needed ones first."""
-    seen: set[str] = set()
-
-    def walk(one: Prepared) -> Iterator[Prepared]:
-        for need in (*one.needs.values(), *([one.plain] if one.plain else [])):
-            yield from walk(need)
-        if one.hash not in seen:
-            seen.add(one.hash)
-            yield one
-
-    return walk(prepared)
+def _completed(prepared: Prepared) -> Result:
+    """The result in the folder, with all that an earlier process did not come to, or was not asked for."""
+    folder, plain = prepared.folder, prepared.plain
+    result = read_result(folder)
+    if plain is not None and result.plain is None:
+        result = replace(result, plain=run_row(plain.folder, read_result(plain.folder)))
+        write_result(folder, result)
+        write_report(folder)
+    elif not (folder / "report.html").is_file():
+        write_report(folder)
+    return result
 
 
 def finished(prepared: Prepared) -> bool:
     """Whether the folder holds a complete result of this very run."""
     try:
         result = read_result(prepared.folder)
-    except CheckpointError:
+    except (CheckpointError, OSError):
         return False
     return result.hash == prepared.hash and result.status == "finished" and (prepared.folder / STUDENT).is_file()
-
-
-def expand_runs(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Give each model that names a run, and no component, the student section of that run.
-
-    `run: {extends: FILE, ...}` becomes the resolved config of the run; `{use: run, folder: F}` the student of a
-    finished run with its weights as `checkpoint`.
-    """
-    config = dict(config)
-    if isinstance(config.get("student"), dict):
-        config["student"] = _expand(config["student"], "student")
-    if isinstance(config.get("teachers"), dict):
-        config["teachers"] = {
-            name: _expand(model, f"teachers.{name}") if isinstance(model, dict) else model
-            for name, model in config["teachers"].items()
-        }
-    return config
-
-
-def _expand(model: dict[str, Any], where: str) -> dict[str, Any]:
-    if model.get("use") == "run":
-        rest = {key: value for key, value in model.items() if key not in ("use", "folder")}
-        folder = Path(str(model.get("folder", "")))
-        stored = read_config(folder, f"{where}.folder")["student"]
-        stored = {key: value for key, value in stored.items() if key not in ("run", "taps", "checkpoint")}
-        return {**stored, "checkpoint": str(folder / STUDENT), **rest}
-    if model.get("run") is None:
-        return model
-    if not isinstance(model["run"], dict):
-        raise ConfigError(f"{where}.run: found {model['run']!r}, expected the path of a config")
-    try:
-        run = expand_runs(load_mapping(model["run"]))
-    except ConfigError as error:
-        raise ConfigError(f"{where}.run: {error}") from error
-    if "use" in model:
-        return {**model, "run": run}
-    student = run.get("student")
-    if not isinstance(student, dict):
-        raise ConfigError(f"{where}.run: the config has no student")
-    inherited = {key: value for key, value in student.items() if key not in ("run", "taps", "checkpoint")}
-    return {**inherited, **model, "run": run}
-
-
-def read_config(folder: Path, where: str) -> dict[str, Any]:
-    """The resolved config in the folder of a run."""
-    path = folder / "config.yaml"
-    if not path.is_file() or not (folder / STUDENT).is_file():
-        raise ConfigError(f"{where}: {folder} is not the folder of a finished run")
-    return load_mapping({"extends": str(path.resolve())})
-
-
-def plain_config(spec: RunSpec, models: list[str], splits: Splits) -> dict[str, Any] | None:
-    """The config of the same student without teachers; None when this run has no teachers, or the data no labels.
-
-    Losses that need a teacher go, with the nodes that only they need. Samples without a label are dropped, for
-    nothing could be learnt from them, and an epoch keeps its number of updates: both students have the same budget.
-    """
-    if not any(name != "student" for name in models) or not any(label >= 0 for label in splits.facts.labels):
-        return None
-    needy = _needy(spec)
-    losses = {name: value for name, value in spec.config["losses"].items() if f"losses.{name}" not in needy}
-    if not losses:
-        losses = {"ce": {"use": "cross_entropy"}}
-    config = {key: value for key, value in spec.config.items() if key not in ("teachers", "targets", "align", "losses")}
-    config["losses"] = losses
-    config["align"] = {name: value for name, value in (spec.config.get("align") or {}).items() if name not in needy}
-    config["name"] = f"{spec.root.name}_plain"
-    config["baseline"] = False
-    config["data"] = {**config.get("data", {}), "unlabelled": "drop"}
-    config["train"] = {**config["train"], "steps_per_epoch": length(spec, len(splits.train))[0]}
-    return config
-
-
-def _needy(spec: RunSpec) -> set[str]:
-    """Nodes and losses that read a teacher, directly or through another node."""
-    everything = {**spec.nodes, **{f"losses.{name}": node for name, node in spec.losses.items()}}
-
-    def owners(node: NodeSpec) -> set[str]:
-        refs: list[str] = list(node.borrows.values())
-        for value in (*node.inputs.values(), *node.knobs.values()):
-            refs += list(value) if isinstance(value, tuple) else [value] if isinstance(value, str) else []
-        return {ref.partition(".")[0] for ref in refs}
-
-    needy: set[str] = set()
-    while True:
-        grown = {
-            name
-            for name, node in everything.items()
-            if owners(node) & ({*spec.teachers, "teacher", "*", *spec.targets} | needy)
-        }
-        if grown == needy:
-            return needy
-        needy = grown
 
 
 def _train(prepared: Prepared, options: Options) -> Result:
@@ -287,7 +231,6 @@ def _train(prepared: Prepared, options: Options) -> Result:
     runtime = Runtime(spec.runtime)
     plan = build_plan(prepared, options, trained=True, device=runtime.device)
     session = make_session(spec, plan, prepared.dataset, prepared.splits, runtime)
-    folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "config.given.yaml", prepared.given)
     write_text(folder / "config.yaml", to_yaml(full_config(spec)))
     write_text(folder / "plan.txt", plan_text(plan))
@@ -304,7 +247,7 @@ def _train(prepared: Prepared, options: Options) -> Result:
     state = load_state(folder / CHECKPOINT)
     spent = 0.0
     if state is not None:
-        _restore(session, state)
+        restore(session, state, str(folder / CHECKPOINT))
         spent = state["seconds"]
         _say(options, f"{folder.name}: goes on after update {session.step} of {session.steps}")
     info = RunInfo(
@@ -315,7 +258,7 @@ def _train(prepared: Prepared, options: Options) -> Result:
 
     def save(session: Session) -> None:
         lines.flush()
-        save_state(folder / CHECKPOINT, _state(session, spent + time.perf_counter() - began))
+        save_state(folder / CHECKPOINT, training_state(session, spent + time.perf_counter() - began))
 
     def improved(session: Session) -> None:
         save_weights(session.student.net, folder / CHECKPOINT / BEST)
@@ -357,59 +300,29 @@ def watching(registry: Registry, *watchers: object) -> Iterator[None]:
 
 
 @contextmanager
+def _own_randomness(seed: int) -> Iterator[None]:
+    """Torch's global random numbers, which dropout draws, follow the run's seed; the caller's go on undisturbed."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(derive_seed(seed, "training"))
+        yield
+
+
+@contextmanager
 def locked(folder: Path, console: Console) -> Iterator[None]:
     """Hold the lock of a run's folder; it is let go when the process ends, however it ends."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(folder.parent / f".{folder.name}.lock")
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except filelock.Timeout:
         console.print(f"{folder.name}: another process works on it; waiting", markup=False, highlight=False)
         lock.acquire()
+    except OSError as error:
+        raise KdxError(f"out: nothing can be written into {folder.parent}: {error.strerror or error}") from error
     try:
         yield
     finally:
         lock.release()
-
-
-def _state(session: Session, seconds: float) -> dict[str, Any]:
-    return {
-        "step": session.step,
-        "learner": session.learner.state_dict(),
-        "targets": session.teachers.nodes.state_dict(),
-        "optimizer": session.runtime.optimizer.state_dict(),
-        "runtime": session.runtime.state(),
-        "average": None if session.average is None else session.average.model.state_dict(),
-        "generators": {name: generator.get_state() for name, generator in generators(session.plan).items()},
-        "random": torch.get_rng_state(),
-        "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "best": session.best,
-        "last": session.last,
-        "phases": session.runtime.stopwatch.seconds(),
-        "seconds": seconds,
-    }
-
-
-def _restore(session: Session, state: Mapping[str, Any]) -> None:
-    try:
-        session.learner.load_state_dict(state["learner"])
-        session.teachers.nodes.load_state_dict(state["targets"])
-        session.runtime.optimizer.load_state_dict(state["optimizer"])
-        session.runtime.load_state(state["runtime"])
-        if session.average is not None:
-            session.average.model.load_state_dict(state["average"])
-        for name, generator in generators(session.plan).items():
-            generator.set_state(state["generators"][name])
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise CheckpointError(
-            f"the state in {CHECKPOINT}/ is of another run ({error}); start afresh with --fresh"
-        ) from error
-    torch.set_rng_state(state["random"])
-    if state["random_cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["random_cuda"])
-    for name, seconds in state["phases"].items():
-        session.runtime.stopwatch.add(name, seconds)
-    session.step, session.best, session.last = state["step"], state["best"], state["last"]
 
 
 def _clear(folder: Path) -> None:

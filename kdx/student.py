@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from kdx.calls import find_part
 from kdx.checkpoint import load_weights, save_weights
 from kdx.components import Given, Loss, Model, Network
 from kdx.deploy import Extended, answer_fields, answering, teacher_of
-from kdx.errors import CheckpointError
+from kdx.errors import CheckpointError, PluginError
 from kdx.options import plain_options, read_options
 from kdx.plan import Plan
 from kdx.plugins import Registry, discover
@@ -38,6 +38,7 @@ def save_student(network: Network, folder: Path, plan: Plan, hash: str) -> Path:
             "classes": facts.classes,
         },
         "plugins": [item for item in spec.root.plugins if not item.endswith(".py")],
+        "plugin_files": [Path(item).name for item in spec.root.plugins if item.endswith(".py")],
         "run": f"{spec.root.name}-{hash}",
     }
     call = answering(plan)
@@ -60,16 +61,22 @@ def _described(model: ModelSpec) -> list[Any]:
     return [model.entry.component.name, plain_options(model.options)]
 
 
-def load_student(folder: str | Path, net: nn.Module | None = None) -> Network:
+def load_student(folder: str | Path, net: nn.Module | None = None, *, plugins: Sequence[str | Path] = ()) -> Network:
     """The student of a finished run, in evaluation mode: `network(images)` takes raw images in `0..1`, `[B, C, H, W]`.
 
     `folder` is that of the run, or its `student.safetensors`. A module that was handed to `kdx.run` cannot be built
-    again from a file: give a fresh one as `net`. Raises `CheckpointError` for a file that is absent or altered.
+    again from a file: give a fresh one as `net`. `plugins` are the plugin files that its components are in;
+    they are never found by themselves. Raises `CheckpointError` for a file that is absent or altered.
     """
     path = Path(folder)
     path = path / STUDENT if path.is_dir() else path
     about = read_header(path)
-    network = _build(about, path, net)
+    try:
+        network = _build(about, path, net, [str(item) for item in plugins])
+    except PluginError as error:
+        if not (files := about.get("plugin_files")) or plugins:
+            raise
+        raise PluginError(f"{error}\nits run used {', '.join(files)}: give the files as plugins=[...]") from error
     load_weights(network.net, path, str(path))
     return network.eval()
 
@@ -88,7 +95,7 @@ def read_header(path: Path) -> dict[str, Any]:
     return about
 
 
-def _build(about: dict[str, Any], path: Path, net: nn.Module | None) -> Network:
+def _build(about: dict[str, Any], path: Path, net: nn.Module | None, files: Sequence[str]) -> Network:
     try:
         streams = {
             name: StreamFacts(item["kind"], tuple(item["shape"]), tuple(item["mean"]), tuple(item["std"]))
@@ -103,7 +110,7 @@ def _build(about: dict[str, Any], path: Path, net: nn.Module | None) -> Network:
         student = net if isinstance(net, Network) else Network(net, read)
     elif component == "module":
         raise CheckpointError(f"{path}: its net was handed in from Python; give one of the same kind as net=...")
-    registry = discover(about.get("plugins", []))
+    registry = discover([*about.get("plugins", []), *files])
     if net is None:
         student = _skeleton(registry, component, options, facts, read, path)
     if answer is None:

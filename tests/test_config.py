@@ -84,9 +84,7 @@ def test_extends_must_be_a_path_or_a_list_of_paths(extends: Any) -> None:
 def test_overlay_merges_mappings_and_replaces_values() -> None:
     below = {"losses": {"kd": {"use": "kd", "temperature": 4}, "ce": {"use": "cross_entropy"}}}
     above = {"losses": {"kd": {"temperature": 2}}}
-    assert overlay(below, above) == {
-        "losses": {"kd": {"use": "kd", "temperature": 2}, "ce": {"use": "cross_entropy"}}
-    }
+    assert overlay(below, above) == {"losses": {"kd": {"use": "kd", "temperature": 2}, "ce": {"use": "cross_entropy"}}}
 
 
 def test_null_removes_a_key() -> None:

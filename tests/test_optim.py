@@ -54,8 +54,8 @@ def test_an_optimizer_moves_every_parameter(name: str) -> None:
 
 
 def test_an_unknown_name_is_refused_with_the_nearest_one() -> None:
-    with pytest.raises(ConfigError, match=r"^train.optimizer.use: no optimizer is named 'admaw'; did you mean 'adamw'"):
-        made({"use": "admaw"})
+    with pytest.raises(ConfigError, match=r"^train.optimizer.use: no optimizer is named 'rmsprob'; did you mean 'rmsp"):
+        made({"use": "rmsprob"})
 
 
 def test_optimizers_that_the_loop_cannot_serve_are_not_offered() -> None:
@@ -162,7 +162,7 @@ def test_fused_and_plain_optimizers_agree() -> None:
     results = []
     for fused in (True, False):
         module = net()
-        optimizer = made({"use": "adamw", "fused": fused}, Trained([*module.parameters()], 1.0, 0.1))
+        optimizer = made({"use": "sgd", "momentum": 0.9, "fused": fused}, Trained([*module.parameters()], 1.0, 0.1))
         for step in range(3):
             set_lr(optimizer, 0.01)
             generator = torch.Generator().manual_seed(step)

@@ -1,0 +1,63 @@
+"""The state of training: what a checkpoint holds, and how a session takes it up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdx.errors import CheckpointError
+from kdx.loop import Session
+from kdx.modules import generators
+
+
+def training_state(session: Session, seconds: float) -> dict[str, Any]:
+    """All that an interrupted run needs to go on as if nothing had happened."""
+    return {
+        "step": session.step,
+        "learner": session.learner.state_dict(),
+        "targets": session.teachers.nodes.state_dict(),
+        "optimizer": session.runtime.optimizer.state_dict(),
+        "runtime": session.runtime.state(),
+        "average": None if session.average is None else session.average.model.state_dict(),
+        "generators": {name: generator.get_state() for name, generator in generators(session.plan).items()},
+        "random": torch.get_rng_state(),
+        "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "best": session.best,
+        "last": session.last,
+        "phases": session.runtime.stopwatch.seconds(),
+        "seconds": seconds,
+    }
+
+
+def restore(session: Session, state: Mapping[str, Any], where: str) -> None:
+    """Put a session where `training_state` was taken. Raises `CheckpointError` for the state of another run."""
+    try:
+        _load(session.learner, state["learner"])
+        _load(session.teachers.nodes, state["targets"])
+        session.runtime.optimizer.load_state_dict(state["optimizer"])
+        session.runtime.load_state(state["runtime"])
+        if session.average is not None:
+            session.average.model.load_state_dict(state["average"])
+        for name, generator in generators(session.plan).items():
+            generator.set_state(state["generators"][name])
+        torch.set_rng_state(state["random"])
+        if state["random_cuda"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(state["random_cuda"])
+        for name, seconds in state["phases"].items():
+            session.runtime.stopwatch.add(name, seconds)
+        session.step, session.best, session.last = state["step"], state["best"], state["last"]
+    except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"the state in {where} is of another run ({error}); start afresh with --fresh") from error
+
+
+def _load(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """As `load_state_dict`, also for banks that grow: a buffer takes the size that it had."""
+    for prefix, part in module.named_modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            saved = state.get(f"{prefix}.{name}" if prefix else name)
+            if saved is not None and saved.shape != buffer.shape:
+                part.register_buffer(name, buffer.new_empty(saved.shape))
+    module.load_state_dict(state)

@@ -1,0 +1,126 @@
+"""Every feature method between every two families of nets: it trains with no number typed, or says why it cannot."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from builders import VIT, batch, forward, plan_of
+from timm.models.mlp_mixer import MlpMixer
+from torch import nn
+
+import kdx
+from kdx.config import overlay
+from kdx.plan import Plan
+
+METHODS = (
+    "fitnet", "ab", "ofd", "at", "nst", "cwd", "fsp", "vid", "review_kd", "semckd", "srrl", "vkd", "srd", "itrd", "ft",
+    "diffkd", "mgd", "vitkd",
+)  # fmt: skip
+
+
+def timm(model: str, size: int | None = None, **args: Any) -> dict[str, Any]:
+    return {"use": "timm", "model": model, "size": size, "args": args}
+
+
+NETS: dict[str, dict[str, Any]] = {
+    "resnet": timm(
+        "resnet18", layers=[1, 1, 1, 1], channels=[8, 12, 16, 24], stem_width=8, output_stride=8
+    ),
+    "vit": overlay(VIT, {"args": {"depth": 4}}),
+    "convnext": timm("convnext_atto", 32, depths=[1, 1, 1, 1], dims=[8, 12, 16, 24]),
+    "swin": timm(
+        "swin_tiny_patch4_window7_224", img_size=28, patch_size=2, window_size=7, embed_dim=16, depths=[1, 1],
+        num_heads=[2, 4],
+    ),
+    "mixer": timm("mixer_s16_224"),
+    "efficientnet": timm("test_efficientnet"),
+    "mobilenet": timm("mobilenetv3_small_050"),
+}  # fmt: skip
+
+
+def mixer(role: str) -> nn.Module:
+    """The names of timm's mixers fix their size, so this one is handed over as a module."""
+    torch.manual_seed(len(role))
+    return MlpMixer(num_classes=3, img_size=28, in_chans=1, patch_size=7, num_blocks=4, embed_dim=24)
+
+
+def plan(method: str, student: str, teacher: str) -> Plan:
+    networks = {role: mixer(role) for role, kind in (("student", student), ("t", teacher)) if kind == "mixer"}
+    config = {"student": NETS[student], "teachers": {"t": NETS[teacher]}, "losses": {"ce": None, "it": {"use": method}}}
+    return plan_of({"student": None}, config, sample=batch(2), networks=networks)
+
+
+@functools.cache
+def depths(kind: str) -> dict[int, kdx.Shape]:
+    """The shape of a net's map by relative depth."""
+    names = [f"student.depth_{depth}" for depth in (8, 16, 25, 50, 75, 100)]
+    toy = {"use": "at", "inputs": {"student": names, "teacher": names}}
+    networks = {"student": mixer("student")} if kind == "mixer" else {}
+    made = plan_of({"student": None}, {"student": NETS[kind], "losses": {"ce": None, "at": toy}}, networks=networks)
+    return {int(name.rpartition("_")[2]): made.shapes[name] for name in names}
+
+
+def places(shape: kdx.Shape) -> int:
+    return shape[1] * shape[2]
+
+
+REFUSALS: dict[str, tuple[Callable[[dict[int, kdx.Shape], dict[int, kdx.Shape]], bool], str]] = {
+    "fsp": (
+        lambda s, t: [s[depth][0] for depth in (25, 50, 75, 100)] != [t[depth][0] for depth in (25, 50, 75, 100)],
+        "fsp compares channel pairs, but the channels .* differ; `project: true`",
+    ),
+    "cwd": (
+        lambda s, t: 1 in (places(s[100]), places(t[100])),
+        r"cwd compares the places of maps .* is \[\d+, 1, 1\]; tap an earlier stage",
+    ),
+    "vitkd": (
+        lambda s, t: any(s[depth][1:] != t[depth][1:] for depth in (8, 16, 100)),
+        "vitkd matches places one to one, but student .*; use nets with the same grid",
+    ),
+}
+"""Where a method is not defined: when, by the maps of both nets, and how it says so."""
+
+
+def check(student: str, teacher: str, method: str) -> None:
+    when, message = REFUSALS.get(method, (lambda s, t: False, ""))
+    if when(depths(student), depths(teacher)):
+        with pytest.raises(kdx.PlanError, match=f"losses.it: {message}"):
+            plan(method, student, teacher)
+        return
+    made = plan(method, student, teacher)
+    learner, losses = forward(made, batch(2))
+    losses.total.backward()
+    assert losses.total.isfinite()
+    gradients = [weight.grad for weight in learner.parameters() if weight.grad is not None]
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    assert any(weight.grad is not None and weight.grad.any() for weight in learner.student.parameters())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_joins_convolutions_and_tokens_or_says_why_not(method: str) -> None:
+    check("resnet", "vit", method)
+    check("vit", "resnet", method)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("student", "teacher"), list(itertools.product(NETS, NETS)))
+def test_a_method_joins_any_two_families_or_says_why_not(student: str, teacher: str, method: str) -> None:
+    check(student, teacher, method)
+
+
+def test_each_method_with_a_condition_is_refused_and_runs_somewhere() -> None:
+    for when, _ in REFUSALS.values():
+        found = {when(depths(student), depths(teacher)) for student, teacher in itertools.product(NETS, NETS)}
+        assert found == {True, False}
+
+
+def test_flow_between_any_channels_needs_one_word() -> None:
+    config = {"losses": {"it": {"use": "fsp", "project": True}}}
+    made = plan_of({"student": None}, {"student": NETS["resnet"], "teachers": {"t": NETS["vit"]}, **config})
+    assert made.shapes["losses.it"] == ()

@@ -1,0 +1,451 @@
+"""Facts of `kdx/runs.py`: folders, runs that need runs, and runs that are stopped, killed and taken up again."""
+
+from __future__ import annotations
+
+import io
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import filelock
+import pytest
+import torch
+from rich.console import Console
+from small_plugin import made_images
+from small_run import (
+    DISTIL,
+    PLAIN,
+    PLUGIN,
+    STATEFUL,
+    TEACHER,
+    Command,
+    config_of,
+    folders,
+    lines_of,
+    prepared,
+    quiet,
+    run_in,
+    weights_of,
+    write_config,
+)
+from torch import nn
+
+import kdx
+from kdx.config import load, overlay
+from kdx.result import read_result
+from kdx.runs import Options, Stopped, carry_out, prepare
+
+NO_TEACHER = overlay(DISTIL, {"teachers": None})
+CASCADE = config_of(NO_TEACHER, {"teachers": {"wide": {"run": TEACHER, "taps": {"mid": "second"}}}, "baseline": True})
+"""A student of a teacher that is a run, and a plain student."""
+LONG = config_of(
+    STATEFUL, {"train": {"updates": 200, "steps_per_epoch": 10}, "runtime": {"threads": 1}, "name": "long"}
+)
+"""Long enough to be killed at any moment."""
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    first, second = weights_of(one), weights_of(other)
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def touched(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """What tells whether a run was trained again."""
+    return {name: ((folder / name).stat().st_mtime_ns, (folder / name).read_bytes())
+            for name in ("metrics.jsonl", "student.safetensors", "result.json")}  # fmt: skip
+
+
+def only(runs: Path, name: str) -> Path:
+    (found,) = [path for path in runs.iterdir() if path.is_dir() and path.name.rpartition("-")[0] == name]
+    return found
+
+
+@pytest.fixture(scope="module")
+def cascade(tmp_path_factory: pytest.TempPathFactory) -> kdx.RunResult:
+    return run_in(tmp_path_factory.mktemp("runs"), CASCADE)
+
+
+def test_a_run_leaves_a_complete_folder(cascade: kdx.RunResult) -> None:
+    names = {path.name for path in cascade.folder.iterdir()}
+    assert names >= {
+        "config.yaml", "plan.txt", "environment.json", "metrics.jsonl", "events", "checkpoint", "student.safetensors",
+        "result.json", "report.md", "report.html", "curves.png", "confusion.png",
+    }  # fmt: skip
+    assert not [name for name in names if name.startswith(".") or name.endswith(".new")]
+    assert {path.name for path in (cascade.folder / "checkpoint").iterdir()} == {
+        "last.pt", "previous.pt", "best.safetensors",
+    }  # fmt: skip
+
+
+def test_a_run_trains_its_teacher_and_its_plain_student_first(cascade: kdx.RunResult) -> None:
+    assert folders(cascade.folder.parent) == ["distilled", "distilled_plain", "wide"]
+    ends = [(only(cascade.folder.parent, name) / "result.json").stat().st_mtime_ns
+            for name in ("wide", "distilled_plain", "distilled")]  # fmt: skip
+    assert ends == sorted(ends)
+
+
+def test_a_teacher_has_the_weights_of_its_run(cascade: kdx.RunResult) -> None:
+    from kdx.runs import build_plan
+
+    found = prepared(CASCADE, {"out": str(cascade.folder.parent)})
+    own = build_plan(found, quiet(), trained=True).teachers["wide"].network.net.state_dict()
+    kept = weights_of(only(cascade.folder.parent, "wide"))
+    assert all(torch.equal(own[name], kept[name]) for name in kept)
+
+
+def test_the_resolved_config_in_the_folder_is_the_same_run(cascade: kdx.RunResult) -> None:
+    again = prepare(load(cascade.folder / "config.yaml"), quiet())
+    assert again.folder.name == cascade.folder.name
+    assert again.spec.root == again.spec.root
+
+
+def test_a_finished_run_is_taken_as_it_is(cascade: kdx.RunResult) -> None:
+    before = {name: touched(only(cascade.folder.parent, name)) for name in folders(cascade.folder.parent)}
+    console = Console(file=io.StringIO())
+    found = prepared(CASCADE, {"out": str(cascade.folder.parent)})
+    result = carry_out(found, Options(console=console))
+    assert result == cascade.result
+    assert f"{cascade.folder.name}: finished before, taken as it is" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert before == {name: touched(only(cascade.folder.parent, name)) for name in folders(cascade.folder.parent)}
+
+
+def test_another_student_of_the_same_teacher_does_not_train_it_again(cascade: kdx.RunResult) -> None:
+    runs = cascade.folder.parent
+    teacher, plain = (touched(only(runs, name)) for name in ("wide", "distilled_plain"))
+    other = run_in(runs, CASCADE, {"name": "other", "losses": {"kd": {"temperature": 5.0}}, "baseline": False})
+    assert other.result.hash != cascade.result.hash
+    assert touched(only(runs, "wide")) == teacher
+    assert touched(only(runs, "distilled_plain")) == plain
+
+
+def test_a_teacher_that_two_models_come_from_is_trained_once_even_when_fresh(tmp_path: Path) -> None:
+    twice = {"teachers": {"wide2": {"run": TEACHER}},
+             "losses": {"kd": {"inputs": {"teacher": "wide.logits"}},
+                        "kd2": {"use": "kd", "inputs": {"teacher": "wide2.logits"}}}}  # fmt: skip
+    console = Console(file=io.StringIO(), width=200)
+    found = prepared(CASCADE, {"out": str(tmp_path), "baseline": False}, twice)
+    for options in (Options(console=console), Options(console=console, fresh=True)):
+        carry_out(found, options)
+        text = console.file.getvalue()  # type: ignore[attr-defined]
+        assert text.count("wide: epoch 1/1") == (2 if options.fresh else 1)
+        assert folders(tmp_path) == ["distilled", "wide"]
+
+
+def test_two_teachers_whose_runs_differ_in_name_alone_are_both_there(tmp_path: Path) -> None:
+    twin = {"teachers": {"twin": {"run": overlay(TEACHER, {"name": "twin"})}},
+            "losses": {"kd": {"inputs": {"teacher": "wide.logits"}},
+                       "kd2": {"use": "kd", "inputs": {"teacher": "twin.logits"}}}}  # fmt: skip
+    run_in(tmp_path, CASCADE, {"baseline": False}, twin)
+    assert folders(tmp_path) == ["distilled", "twin", "wide"]
+
+
+def test_fresh_trains_again_and_finds_the_same_numbers(tmp_path: Path) -> None:
+    first = run_in(tmp_path, STATEFUL)
+    before = touched(first.folder)
+    (first.folder / "left_behind").write_text("of an earlier run")
+    again = run_in(tmp_path, STATEFUL, fresh=True)
+    after = touched(again.folder)
+    assert again.folder == first.folder
+    assert all(after[name][0] > before[name][0] for name in before)
+    assert after["metrics.jsonl"][1] == before["metrics.jsonl"][1]
+    assert after["student.safetensors"][1] == before["student.safetensors"][1]
+    assert not (again.folder / "left_behind").exists()
+
+
+def test_a_run_leaves_the_random_numbers_of_its_caller_alone(tmp_path: Path) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        expected = torch.rand(3)
+        torch.manual_seed(3)
+        run_in(tmp_path, PLAIN, {"student": {"dropout": 0.3}})
+        assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_run_that_was_done_without_a_plain_student_gets_it_when_it_is_asked_for(tmp_path: Path) -> None:
+    alone = run_in(tmp_path, DISTIL)
+    assert alone.result.plain is None
+    before = touched(alone.folder)
+    compared = run_in(tmp_path, DISTIL, {"baseline": True})
+    assert compared.folder == alone.folder
+    assert compared.result.plain is not None
+    assert read_result(alone.folder) == compared.result
+    assert "distilled\\_plain" in (alone.folder / "report.md").read_text()
+    assert touched(alone.folder)["metrics.jsonl"] == before["metrics.jsonl"]
+
+
+def test_a_report_that_a_kill_prevented_is_written_when_the_run_is_asked_for_again(tmp_path: Path) -> None:
+    found = run_in(tmp_path, PLAIN)
+    (found.folder / "report.html").unlink()
+    run_in(tmp_path, PLAIN)
+    assert (found.folder / "report.html").is_file()
+
+
+def test_a_torn_result_is_found_again_without_training(tmp_path: Path) -> None:
+    first = run_in(tmp_path, STATEFUL)
+    before = touched(first.folder)
+    text = (first.folder / "result.json").read_text()
+    (first.folder / "result.json").write_text(text[: len(text) // 2])
+    again = run_in(tmp_path, STATEFUL)
+    after = touched(first.folder)
+    assert after["metrics.jsonl"][1] == before["metrics.jsonl"][1]
+    assert after["student.safetensors"][1] == before["student.safetensors"][1]
+    assert again.result.best == first.result.best
+    assert again.result.last == first.result.last
+
+
+# --- stopped, killed, damaged
+
+
+def stops_after(updates: int) -> Any:
+    asked = iter(range(10**6))
+    return lambda: next(asked) >= updates
+
+
+def stop(runs: Path, updates: int, *layers: dict[str, Any]) -> Path:
+    """Run until some updates are done; the folder of the half-finished run."""
+    found = prepared(*layers, {"out": str(runs)})
+    with pytest.raises(Stopped, match="start it again to go on"):
+        carry_out(found, quiet(stop=stops_after(updates)))
+    assert not (found.folder / "result.json").exists()
+    return found.folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    before = torch.get_num_threads()
+    folder = run_in(tmp_path_factory.mktemp("undisturbed"), LONG).folder
+    torch.set_num_threads(before)
+    return folder
+
+
+def assert_same_run(folder: Path, undisturbed: Path) -> None:
+    assert same_weights(folder, undisturbed)
+    assert (folder / "metrics.jsonl").read_bytes() == (undisturbed / "metrics.jsonl").read_bytes()
+    found, expected = read_result(folder), read_result(undisturbed)
+    assert (found.best, found.last, found.confusion) == (expected.best, expected.last, expected.confusion)
+
+
+def test_a_run_that_was_stopped_twice_goes_on_to_the_same_end(tmp_path: Path, undisturbed: Path) -> None:
+    folder = stop(tmp_path, 7, LONG)
+    at = torch.load(folder / "checkpoint" / "last.pt", weights_only=True)["step"]
+    stop(tmp_path, 33, LONG)
+    later = torch.load(folder / "checkpoint" / "last.pt", weights_only=True)["step"]
+    assert 0 < at < later < 200
+    console = Console(file=io.StringIO(), width=200)
+    carry_out(prepared(LONG, {"out": str(tmp_path)}), Options(console=console))
+    assert f"goes on after update {later} of 200" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert_same_run(folder, undisturbed)
+
+
+def wait_for(path: Path, command: Command, *, lines: int = 0) -> None:
+    end = time.monotonic() + 60
+    while not path.exists() or (lines and path.read_bytes().count(b"\n") < lines):
+        assert time.monotonic() < end
+        assert command.process.is_alive(), command.output.read_text()
+        time.sleep(0.002)
+
+
+def test_a_run_that_was_killed_goes_on_to_the_same_end(tmp_path: Path, undisturbed: Path) -> None:
+    config = write_config(tmp_path / "long.yaml", LONG, {"out": str(tmp_path / "runs")})
+    for least in (0, 80):
+        command = Command("run", str(config), "--quiet", folder=tmp_path)
+        folder = prepared(LONG, {"out": str(tmp_path / "runs")}).folder
+        wait_for(folder / "metrics.jsonl", command, lines=least + random.randrange(80))
+        time.sleep(random.uniform(0.0, 0.05))
+        command.process.kill()
+        assert command.wait() == -signal.SIGKILL, "it was finished before it was killed"
+    assert not (folder / "result.json").exists()
+    carry_out(prepared(LONG, {"out": str(tmp_path / "runs")}), quiet())
+    assert_same_run(folder, undisturbed)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_after_the_update_and_the_run_goes_on_later(
+    tmp_path: Path, undisturbed: Path, number: signal.Signals
+) -> None:
+    config = write_config(tmp_path / "long.yaml", LONG, {"out": str(tmp_path / "runs")})
+    command = Command("run", str(config), "--debug", folder=tmp_path)
+    folder = prepared(LONG, {"out": str(tmp_path / "runs")}).folder
+    wait_for(folder / "checkpoint" / "last.pt", command)
+    assert command.process.pid is not None
+    os.kill(command.process.pid, number)
+    assert command.wait() == 75, command.output.read_text()
+    text = command.output.read_text()
+    assert "stopping after this update" in text
+    assert "start it again to go on" in text
+    assert "Traceback" not in text
+    carry_out(prepared(LONG, {"out": str(tmp_path / "runs")}), quiet())
+    assert_same_run(folder, undisturbed)
+
+
+def test_a_stop_while_a_teacher_trains_ends_the_whole_run(tmp_path: Path) -> None:
+    found = prepared(CASCADE, {"out": str(tmp_path)})
+    with pytest.raises(Stopped, match=r"wide-.*: stopped after update"):
+        carry_out(found, quiet(stop=stops_after(1)))
+    assert folders(tmp_path) == ["wide"]
+    assert carry_out(found, quiet()).status == "finished"
+
+
+def test_a_torn_last_state_is_passed_over_and_the_end_is_the_same(tmp_path: Path, undisturbed: Path) -> None:
+    folder = stop(tmp_path, 70, LONG)
+    last = folder / "checkpoint" / "last.pt"
+    last.write_bytes(last.read_bytes()[:-100])
+    with pytest.warns(UserWarning, match=r"last\.pt is not usable: .*; going on from previous\.pt"):
+        carry_out(prepared(LONG, {"out": str(tmp_path)}), quiet())
+    assert_same_run(folder, undisturbed)
+
+
+def test_two_torn_states_are_an_error_and_fresh_starts_again(tmp_path: Path) -> None:
+    folder = stop(tmp_path, 4, PLAIN)
+    for name in ("last.pt", "previous.pt"):
+        path = folder / "checkpoint" / name
+        path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(kdx.CheckpointError, match=r"last\.pt is not usable.*previous\.pt is not usable.*--fresh"):
+        carry_out(prepared(PLAIN, {"out": str(tmp_path)}), quiet())
+    assert carry_out(prepared(PLAIN, {"out": str(tmp_path)}), quiet(fresh=True)).status == "finished"
+
+
+def test_a_folder_that_lost_its_student_finishes_again(tmp_path: Path) -> None:
+    found = run_in(tmp_path, PLAIN)
+    before = weights_of(found.folder)
+    (found.folder / "student.safetensors").unlink()
+    run_in(tmp_path, PLAIN)
+    assert all(torch.equal(value, before[name]) for name, value in weights_of(found.folder).items())
+
+
+# --- refused
+
+
+def bad_checkpoint(folder: Path) -> str:
+    torch.save(nn.Linear(2, 2).state_dict(), folder / "other.pt")
+    return str(folder / "other.pt")
+
+
+RAW = {"teachers": {"raw": {"use": "small"}}, "losses": {"kd": {"inputs": {"teacher": "wide.logits"}},
+       "kd2": {"use": "kd", "inputs": {"teacher": "raw.logits"}}}}  # fmt: skip
+REFUSED = {
+    "option of a loss": ({"losses": {"kd": {"temprature": 2.0}}}, "temprature.*did you mean 'temperature'"),
+    "component": ({"losses": {"kd": {"use": "kdd"}}}, "no losses component is named 'kdd'"),
+    "tap": ({"teachers": {"wide": {"taps": {"mid": "secnd"}}}}, "no module 'secnd'.*did you mean 'second'"),
+    "ref": ({"losses": {"hint": {"inputs": {"teacher": "wide.mdi"}}}}, "'mdi'"),
+    "classes": (overlay(RAW, {"teachers": {"raw": {"classes": 7}}}), "different numbers of classes"),
+    "shapes": ({"losses": {"hint": {"inputs": {"student": "student.mid"}}}}, "put an aligner between them"),
+    "optimizer": ({"train": {"optimizer": {"use": "sgd", "momentum": -1.0}}}, "sgd refuses its options"),
+    "monitor": ({"train": {"monitor": "acuracy"}}, "no metric is named 'acuracy'; did you mean 'accuracy'"),
+    "device": ({"runtime": {"device": "mps" if torch.cuda.is_available() else "cuda"}}, "runtime.device"),
+    "labels": ({"data": {"labelled": 1000}}, "data.labelled: found 1000"),
+    "teacher's own config": ({"teachers": {"wide": {"run": {"losses": {"ce": {"smooth": 1}}}}}}, "smooth"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_refused_before_a_teacher_trains_and_leaves_no_folder(tmp_path: Path, case: str) -> None:
+    layer, message = REFUSED[case]
+    with pytest.raises(kdx.KdxError, match=message):
+        run_in(tmp_path / "runs", CASCADE, layer)
+    assert folders(tmp_path / "runs") == []
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused_before_a_teacher_trains(tmp_path: Path) -> None:
+    layer = overlay(RAW, {"teachers": {"raw": {"checkpoint": bad_checkpoint(tmp_path)}}})
+    with pytest.raises(kdx.CheckpointError, match=r"teachers\.raw\.checkpoint: .* does not fit SmallNet"):
+        run_in(tmp_path / "runs", CASCADE, layer)
+    assert folders(tmp_path / "runs") == []
+
+
+def test_a_place_for_runs_that_cannot_be_written_is_a_message(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("a file")
+    with pytest.raises(kdx.KdxError, match=r"out: nothing can be written into .*runs"):
+        run_in(tmp_path / "runs", PLAIN)
+
+
+# --- two at once
+
+
+def test_two_processes_with_one_run_train_it_once(tmp_path: Path) -> None:
+    config = write_config(tmp_path / "long.yaml", LONG, {"out": str(tmp_path / "runs"), "train": {"updates": 60}})
+    commands = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        commands.append(Command("run", str(config), folder=tmp_path / name))
+    assert [command.wait() for command in commands] == [0, 0]
+    texts = [command.output.read_text() for command in commands]
+    assert sum("finished before, taken as it is" in text for text in texts) == 1
+    assert sum("another process works on it; waiting" in text for text in texts) == 1
+    assert sum("long: epoch 6/6" in text for text in texts) == 1
+
+
+def test_a_run_waits_for_the_one_that_holds_its_lock(tmp_path: Path) -> None:
+    found = prepared(PLAIN, {"out": str(tmp_path)})
+    console = Console(file=io.StringIO(), width=200)
+    results: list[Any] = []
+    thread = threading.Thread(target=lambda: results.append(carry_out(found, Options(console=console))))
+    lock = filelock.FileLock(tmp_path / f".{found.folder.name}.lock")
+    with lock:
+        thread.start()
+        end = time.monotonic() + 20
+        while "waiting" not in console.file.getvalue():  # type: ignore[attr-defined]
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        assert not found.folder.exists()
+    thread.join(30)
+    assert results[0].status == "finished"
+
+
+# --- modules and data that were handed in
+
+
+class Flat(nn.Module):
+    """Has nothing that could be tapped as `second`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flat = nn.Linear(64, 3)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.flat(images.flatten(1))
+
+
+def test_a_student_that_was_handed_in_does_not_stand_in_for_that_of_its_teacher(tmp_path: Path) -> None:
+    """Nor for the plain student: that is the same module, from the same first weights."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = Flat()
+    teacher = overlay(TEACHER, {"student": {"taps": {"deep": "second"}},
+                                "losses": {"deep": {"use": "mse", "inputs": {"student": "student.deep",
+                                                                             "teacher": "student.deep"}}}})  # fmt: skip
+    config = config_of(CASCADE, {"student": None, "align": None, "losses": {"hint": None},
+                                 "teachers": {"wide": {"run": teacher}}})  # fmt: skip
+    found = run_in(tmp_path, config, models={"student": net})
+    assert set(weights_of(found.folder)) == {"flat.weight", "flat.bias"}
+    assert set(weights_of(only(tmp_path, "distilled_plain"))) == {"flat.weight", "flat.bias"}
+    assert "second.0.weight" in weights_of(only(tmp_path, "wide"))
+
+
+def test_data_that_was_handed_in_is_that_of_a_teacher_whose_config_says_so(tmp_path: Path) -> None:
+    teacher = config_of(TEACHER, {"data": {"use": "tensors"}})
+    config = config_of(CASCADE, {"data": None, "baseline": False, "teachers": {"wide": {"run": None}}})
+    config["teachers"]["wide"]["run"] = teacher
+    config["data"] = {"validation": 12}
+    run_in(tmp_path, config, data={"train": made_images(48, 7), "test": made_images(9, 8)})
+    assert sum(map(sum, read_result(only(tmp_path, "wide")).confusion)) == 9
+    assert PLUGIN.is_file()
+
+
+def test_a_line_for_every_update_and_evaluation_is_left(tmp_path: Path) -> None:
+    lines = lines_of(run_in(tmp_path, DISTIL).folder)
+    assert [line["step"] for line in lines if line["kind"] == "step"] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in lines if line["kind"] == "eval"] == [3, 6]
+    assert set(lines[0]["terms"]) == {"ce", "kd", "hint", "total"}
