@@ -29,7 +29,7 @@ class RunResult:
 
     folder: Path
     result: Result
-    _net: nn.Module | None = field(default=None, repr=False)
+    _nets: Mapping[str, nn.Module] = field(default_factory=dict, repr=False)
     _plugins: tuple[str, ...] = field(default=(), repr=False)
 
     @property
@@ -38,7 +38,7 @@ class RunResult:
 
     def student(self) -> Network:
         """The trained student in evaluation mode; it takes raw images in `0..1`."""
-        return load_student(self.folder, copy.deepcopy(self._net), plugins=self._plugins)
+        return load_student(self.folder, copy.deepcopy(dict(self._nets)), plugins=self._plugins)
 
 
 def run(
@@ -72,7 +72,7 @@ def run(
     prepared = prepare(given, options)
     result = carry_out(prepared, options)
     files = tuple(item for item in prepared.spec.root.plugins if item.endswith(".py"))
-    return RunResult(prepared.folder, result, networks.get("student"), files)
+    return RunResult(prepared.folder, result, networks, files)
 
 
 def make(

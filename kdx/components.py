@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from kdx.randomness import Randomness
 
 hookimpl = pluggy.HookimplMarker("kdx")
+"""Decorates each hook that a plugin implements: `@kdx.hookimpl`."""
 
 
 class _Mark:
@@ -238,7 +239,12 @@ class Split(ABC):
 
 
 class Dataset(Component, ABC):
-    """Gives batches of named streams with raw values; models normalise and resize for themselves."""
+    """Gives batches of named streams with raw values; models normalise and resize for themselves.
+
+    `view_options` are the options that act in `on_device` alone: the views of a sample may differ in them.
+    """
+
+    view_options: ClassVar[tuple[str, ...]] = ("augment",)
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -260,6 +266,10 @@ class Dataset(Component, ABC):
     def on_device(self, batch: Batch, randomness: Randomness | None) -> Batch:
         """Decode and augment a batch that is already on the device; no augmentation where `randomness` is None."""
         return batch
+
+    def view(self, config: Any) -> Dataset:
+        """The same data with other values of `view_options`, for another view of its samples."""
+        return type(self)(config)
 
     @abstractmethod
     def fingerprint(self) -> str:

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from kdx.components import Dataset, Split
 from kdx.errors import ConfigError, DataError, KdxError, did_you_mean
-from kdx.randomness import Randomness, seeded
+from kdx.randomness import seeded
 from kdx.types import Batch, DataFacts
 
 UNLABELLED = ("keep", "drop")
@@ -219,47 +219,6 @@ def _quotas(sizes: list[int], count: int, least: int) -> list[int]:
     while sum(given) > count:
         given[min((i for i in parts if given[i] > least), key=lambda i: wanted[i] - given[i])] -= 1
     return given
-
-
-class Viewed(Dataset):
-    """A data set whose training batches hold further views of each sample: `image@strong` beside `image`.
-
-    A view is the same data set with options of its own, as another augmentation, on the same raw sample. Where
-    nothing is augmented, as in evaluation, all views are equal.
-    """
-
-    name = "viewed"
-
-    def __init__(self, source: Dataset, views: Mapping[str, Dataset]) -> None:
-        super().__init__(source.config)
-        self._source = source
-        self._views = views
-
-    def facts(self) -> DataFacts:
-        facts = self._source.facts()
-        seen = {name: stream for name, stream in facts.streams.items() if stream.kind != "label"}
-        extra = {f"{name}@{view}": stream for view in self._views for name, stream in seen.items()}
-        return replace(facts, streams={**facts.streams, **extra})
-
-    def train(self) -> Split:
-        return self._source.train()
-
-    def val(self) -> Split | None:
-        return self._source.val()
-
-    def test(self) -> Split | None:
-        return self._source.test()
-
-    def fingerprint(self) -> str:
-        return self._source.fingerprint()
-
-    def on_device(self, batch: Batch, randomness: Randomness | None) -> Batch:
-        found = self._source.on_device(dict(batch), randomness)
-        streams = [name for name, stream in self._source.facts().streams.items() if stream.kind != "label"]
-        for view, dataset in self._views.items():
-            other = found if randomness is None else dataset.on_device(dict(batch), randomness)
-            found |= {f"{name}@{view}": other[name] for name in streams}
-        return found
 
 
 class TensorSplit(Split):

@@ -2,65 +2,86 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from kdx.calls import Borrowed, NodeCall
+from kdx.calls import NodeCall
 from kdx.components import Loss, Network
-from kdx.errors import PlanError
-from kdx.plan import Plan
+from kdx.errors import KdxError, PlanError
+from kdx.plan import Plan, without_trace
 from kdx.taps import Tap, Tapped, read_taps
 from kdx.types import Batch
+
+Fields = Mapping[str, str | list[str]]
+"""Argument of a loss's `answer` -> the field of the student that it reads, or a list of fields."""
 
 
 class Extended(Network):
     """A student whose logits come from a loss's `answer`, which reads its taps and calls borrowed parts.
 
-    `fields` maps arguments of `answer` to fields of the student. `net` holds everything that is saved.
+    `net` holds everything that is saved.
     """
 
     def __init__(
-        self,
-        student: Network,
-        node: Loss,
-        fields: Mapping[str, str],
-        taps: Mapping[str, Tap],
-        parts: Mapping[str, nn.Module],
+        self, student: Network, node: Loss, fields: Fields, taps: Mapping[str, Tap], parts: Mapping[str, nn.Module]
     ) -> None:
         held = nn.ModuleDict({"student": student.net, "node": node, "parts": nn.ModuleDict(parts)})
         super().__init__(held, student.streams, student.prepare)
         self.node = node
         self.fields = dict(fields)
         self.parts = dict(parts)
-        self.tapped = Tapped(student, tuple(dict.fromkeys(fields.values())), taps, "student")
+        self.tapped = Tapped(student, tuple(dict.fromkeys(_each(fields.values()))), taps, "student")
+        self.tapped.copy_all()
 
     def forward(self, *streams: Tensor) -> Tensor:
         return self.answer(dict(zip(self.streams, streams, strict=True)))
 
     def answer(self, batch: Batch) -> Tensor:
-        tensors: dict[str, Any] = {name: Borrowed(part) for name, part in self.parts.items()}
         found = self.tapped(batch)
-        tensors |= {name: found[field] for name, field in self.fields.items()}
+        tensors: dict[str, Any] = dict(self.parts)
+        for name, field in self.fields.items():
+            tensors[name] = found[field] if isinstance(field, str) else [found[one] for one in field]
         return self.node.answer(**tensors)
 
 
 def deployed(plan: Plan) -> Network:
-    """What a plan's run evaluates and keeps. It shares its weights with the plan's modules, borrowed parts excepted."""
+    """What a plan's run evaluates and keeps. It shares its weights with the plan's modules."""
     call = answering(plan)
     if call is None:
         return plan.student.network
     assert isinstance(call.module, Loss)
-    parts = {name: copy.deepcopy(call.parts[name].module) for name in call.module.answers if name in call.parts}
     return Extended(
         plan.student.network,
         call.module,
         answer_fields(call),
-        read_taps(plan.spec.student.engine.taps, "student"),
-        parts,
+        read_taps(plan.spec.student.engine.taps, "student.taps"),
+        {name: call.parts[name].module for name in call.module.answers if name in call.parts},
     )
+
+
+def check_answer(plan: Plan, sample: Batch) -> None:
+    """Raise `PlanError` unless what a plan deploys gives logits over the classes of the data.
+
+    `sample` holds two samples, on the device of the plan.
+    """
+    call = answering(plan)
+    if call is None:
+        return
+    network, classes = deployed(plan), len(plan.facts.classes)
+    with without_trace(network, generator=call.module.given.generator), torch.no_grad():
+        try:
+            found = network.answer(sample)
+        except KdxError as error:
+            raise type(error)(f"{call.where}: {error}") from error
+        except Exception as error:
+            raise PlanError(f"{call.label}: its answer does not run: {type(error).__name__}: {error}") from error
+    shape = tuple(found.shape[1:]) if isinstance(found, Tensor) else None
+    if shape != (classes,):
+        what = f"a {type(found).__name__}" if shape is None else f"{list(shape)} for a sample"
+        raise PlanError(f"{call.label}: its answer gives {what}, but the data has {classes} classes")
 
 
 def answering(plan: Plan) -> NodeCall | None:
@@ -71,24 +92,36 @@ def answering(plan: Plan) -> NodeCall | None:
     return found[0] if found else None
 
 
-def answer_fields(call: NodeCall) -> dict[str, str]:
+def answer_fields(call: NodeCall) -> dict[str, str | list[str]]:
     """Argument of `answer` -> field of the student. Raises `PlanError` for an input that is not the student's."""
     assert isinstance(call.module, Loss)
-    fields: dict[str, str] = {}
+    fields: dict[str, str | list[str]] = {}
     for name in call.module.answers:
         if name in call.parts:
             continue
-        key = call.arguments.get(name)
-        if not isinstance(key, str) or not key.startswith("student."):
-            raise PlanError(f"{call.where}.inputs.{name}: found {key!r}; what is deployed can read the student alone")
-        fields[name] = key.removeprefix("student.")
+        if name not in call.module.inputs:
+            raise PlanError(f"{call.label}: `answers` names {name!r}, which is in neither `inputs` nor `borrows`")
+        key = call.arguments[name]
+        for one in _each([key or "nothing"]):
+            if not one.startswith("student."):
+                raise PlanError(f"{call.where}.inputs.{name}: found {one}; what is deployed reads the student alone")
+        fields[name] = [*map(_field, key)] if isinstance(key, tuple) else _field(str(key))
     return fields
 
 
-def teacher_of(plan: Plan, call: NodeCall, part: str) -> tuple[str, str]:
-    """The model and the path that a borrowed part comes from."""
+def owner_of(plan: Plan, call: NodeCall, part: str) -> tuple[str, str]:
+    """The model that a borrowed part comes from, and the part's path in it."""
     node = plan.spec.losses[call.name.removeprefix("losses.")]
     owner, _, path = node.borrows[part].partition(".")
-    if owner == "teacher" and owner not in plan.spec.models:
+    if owner not in plan.spec.models:  # `teacher`, which stands for the only one
         owner = next(iter(plan.spec.teachers))
     return owner, path
+
+
+def _field(key: str) -> str:
+    return key.removeprefix("student.")
+
+
+def _each(names: Iterable[str | list[str] | tuple[str, ...]]) -> Iterable[str]:
+    for name in names:
+        yield from [name] if isinstance(name, str) else name

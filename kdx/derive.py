@@ -10,6 +10,7 @@ from kdx.config import load_mapping
 from kdx.data import Splits
 from kdx.errors import ConfigError
 from kdx.loop import length
+from kdx.reach import base_of
 from kdx.spec import NodeSpec, RunSpec
 from kdx.student import STUDENT
 
@@ -93,7 +94,7 @@ def _needy(spec: RunSpec) -> set[str]:
         refs: list[str] = list(node.borrows.values())
         for value in (*node.inputs.values(), *node.knobs.values()):
             refs += list(value) if isinstance(value, tuple) else [value] if isinstance(value, str) else []
-        return {ref.partition(".")[0] for ref in refs}
+        return {base_of(ref.partition(".")[0]) for ref in refs}
 
     needy: set[str] = set()
     while True:

@@ -69,7 +69,9 @@ def kdx_updaters() -> list[type[Updater]]:
 
 @hookspec
 def kdx_plan_ready(plan: Plan) -> None:
-    """Called once when everything is built, before the first update. May raise `PlanError` to refuse the run."""
+    """Called with each plan that is built: by `kdx explain`, before anything of a run is trained, and again with the
+    trained teachers before the first update. May raise `PlanError` to refuse the run.
+    """
 
 
 @hookspec

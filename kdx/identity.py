@@ -19,7 +19,7 @@ from torch import nn
 from kdx.components import Dataset, Schedule
 from kdx.errors import CheckpointError
 from kdx.options import plain_options
-from kdx.plugins import Plugin
+from kdx.plugins import Entry, Plugin
 from kdx.reach import Reach, base_of
 from kdx.spec import ModelSpec, NodeSpec, Part, RunSpec
 
@@ -37,10 +37,10 @@ def run_hash(spec: RunSpec, dataset: Dataset, reached: Reach, needs: Mapping[str
         train.pop(key)
     content = {
         "seed": spec.root.seed,
-        "data": [_in_order(spec.data), asdict(spec.splits), dataset.fingerprint()],
-        "views": {name: _in_order(view) for name, view in spec.views.items()},
+        "data": [_in_order(spec.data.entry, dataset.config), asdict(spec.splits), dataset.fingerprint()],
+        "views": {name: _in_order(spec.views[name].entry, spec.views[name].options) for name in reached.views},
         "models": {name: _model(spec.models[name], _fields(reached, name), needs.get(name)) for name in reached.models},
-        "nodes": {name: _node(node) for name, node in reached.nodes.items()},
+        "nodes": {name: _node(node, reached.arguments[name]) for name, node in reached.nodes.items()},
         "metrics": [_part(part) for part in spec.metrics],
         "train": [train, _knob(spec.lr), _part(spec.updater)],
         "precision": spec.runtime.precision,
@@ -110,9 +110,12 @@ def _part(part: Part) -> list[Any]:
     return [part.entry.component.name, plain_options(part.options)]
 
 
-def _in_order(part: Part) -> str:
-    """A data set as text: augmentations act in the order in which they are given, so that order counts."""
-    return json.dumps(_part(part), default=str)
+def _in_order(entry: Entry, options: Any) -> str:
+    """A data set as text: augmentations act in the order in which they are given, so that order counts.
+
+    The options are those of the data itself, which may have been handed over in Python.
+    """
+    return json.dumps([entry.component.name, plain_options(options)], default=str)
 
 
 def _model(spec: ModelSpec, fields: Iterable[str], need: str | None) -> dict[str, Any]:
@@ -130,11 +133,12 @@ def _model(spec: ModelSpec, fields: Iterable[str], need: str | None) -> dict[str
     }
 
 
-def _node(node: NodeSpec) -> dict[str, Any]:
+def _node(node: NodeSpec, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """A node by what it reads: `*.logits` counts as the teachers that it stands for."""
     return {
         "component": [node.entry.component.name, plain_options(node.options)],
-        "inputs": dict(node.inputs),
-        "knobs": {name: _knob(knob) for name, knob in node.knobs.items()},
+        "inputs": {name: arguments[name] for name in node.inputs},
+        "knobs": {name: arguments[name] if isinstance(knob, str) else _knob(knob) for name, knob in node.knobs.items()},
         "borrows": dict(node.borrows),
         "training": asdict(node.engine),
     }

@@ -14,6 +14,7 @@ from kdx.checkpoint import load_weights
 from kdx.data import View
 from kdx.loop import Evaluation, Session, evaluate
 from kdx.measure import measure
+from kdx.plan import logits_shape
 from kdx.result import Point, Result, Row, Seconds
 from kdx.student import save_student
 from kdx.taps import LOGITS
@@ -113,7 +114,7 @@ def _teacher_row(session: Session, name: str, needs: Needs) -> Row:
         return run_row(*needs[name])
     tapped = session.plan.teachers[name]
     classes = len(session.plan.facts.classes)
-    answers = session.plan.shapes.get(f"{name}.{LOGITS}") == (classes,)
+    answers = logits_shape(session.plan.shapes, name) == (classes,)
     return _evaluated(session, tapped.network.answer) if answers else Row(None, None, None, {}, {}, None, None)
 
 

@@ -51,12 +51,12 @@ class Plan:
 
     @property
     def teachers(self) -> dict[str, Tapped]:
-        """The frozen teachers that are run, by name."""
-        return {
-            call.name: call.module
-            for call in self.teacher_calls
-            if isinstance(call, ModelCall) and call.name in self.spec.models
-        }
+        """The frozen teachers that are run, by name, on whatever view."""
+        found: dict[str, Tapped] = {}
+        for call in self.teacher_calls:
+            if isinstance(call, ModelCall):
+                found.setdefault(base_of(call.name), call.module)
+        return found
 
 
 def make_plan(
@@ -95,7 +95,7 @@ def make_plan(
             tapped[item] = call.module
         _probe(call, values, shapes)
         calls.append(call)
-    student = tapped.get("student")
+    student = next((module for name, module in tapped.items() if base_of(name) == "student"), None)
     if student is None:
         raise PlanError("losses: none of them reads the student, so nothing would be learnt")
     _check_student(spec, student, shapes, facts)
@@ -119,7 +119,7 @@ def build_model(
     ready: Ready | None = None,
 ) -> Network:
     """A network whose first weights depend on the seed and its role alone."""
-    streams = _streams(spec, facts)
+    streams = streams_of(spec, facts)
     with torch.random.fork_rng(), warnings.catch_warnings():
         torch.manual_seed(derive_seed(seed, "model", spec.name))
         if networks is not None and spec.name in networks:
@@ -146,11 +146,13 @@ def build_model(
     return network
 
 
-def _streams(spec: ModelSpec, facts: DataFacts) -> tuple[str, ...]:
+def streams_of(spec: ModelSpec, facts: DataFacts) -> tuple[str, ...]:
     """The streams that a model reads: those that it names, else the only one that is no label."""
     named = spec.engine.input
     if named is None:
-        choices = [name for name, stream in facts.streams.items() if stream.kind not in ("label", "mask")]
+        choices = [
+            name for name, stream in facts.streams.items() if stream.kind not in ("label", "mask") and "@" not in name
+        ]
         if len(choices) != 1:
             raise PlanError(f"{spec.where}.input: the data has {', '.join(choices)}; say which of them the model reads")
         return (choices[0],)
@@ -279,6 +281,15 @@ def _check_result(call: NodeCall, shapes: Mapping[Key, Shape]) -> None:
             )
 
 
+def logits_shape(shapes: Mapping[Key, Shape], model: str) -> Shape | None:
+    """The shape of a model's logits, on whatever view; None where nothing reads them."""
+    for key, shape in shapes.items():
+        owner, _, name = key.rpartition(".")
+        if base_of(owner) == model and name == LOGITS:
+            return shape
+    return None
+
+
 @contextmanager
 def without_trace(*modules: nn.Module, generator: torch.Generator | None = None) -> Iterator[None]:
     """Put the buffers of the modules, the random state and a generator back afterwards."""
@@ -330,7 +341,7 @@ def _teacher_side(spec: RunSpec, calls: list[Call]) -> set[str]:
 def _check_student(spec: RunSpec, student: Tapped, shapes: Mapping[Key, Shape], facts: DataFacts) -> None:
     if not any(parameter.requires_grad for parameter in student.parameters()):
         raise PlanError(f"student: {spec.student.entry.component.name} has no parameters that could be trained")
-    found = shapes.get(f"student.{LOGITS}")
+    found = logits_shape(shapes, "student")
     if facts.classes and found is not None and found != (len(facts.classes),):
         raise PlanError(f"student: its logits have shape {list(found)}, but the data has {len(facts.classes)} classes")
 
@@ -342,6 +353,8 @@ def _notes(calls: list[Call], teacher_side: set[str]) -> Iterator[str]:
         if isinstance(call, ModelCall):
             for name, stage in call.module.stages_meant.items():
                 yield f"{call.name}.{name} is stage {stage}"
+        if isinstance(call, NodeCall) and isinstance(call.module, Loss) and call.module.answers:
+            yield f"{call.where} changes what is deployed: it answers from {', '.join(call.module.answers)}"
         describe = getattr(call.module, "describe", None)
         if isinstance(call, NodeCall) and describe is not None:
             yield f"{call.where}: {describe()}"

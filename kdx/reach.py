@@ -16,7 +16,7 @@ from kdx.types import DataFacts
 @dataclass
 class Reach:
     """What is live. `order` lists model names, node names and `losses.x` in dependence order; `fields` what is wanted
-    of each model; `arguments` the keys that each node reads, its knobs among them.
+    of each model; `arguments` the keys that each node reads, its knobs among them; `views` those that anything reads.
     """
 
     order: list[str] = field(default_factory=list)
@@ -25,6 +25,7 @@ class Reach:
     nodes: dict[str, NodeSpec] = field(default_factory=dict)
     arguments: dict[str, dict[str, Any]] = field(default_factory=dict)
     borrowed: dict[str, dict[str, tuple[str, str]]] = field(default_factory=dict)
+    views: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
 
 
@@ -70,10 +71,12 @@ def reach(spec: RunSpec, facts: DataFacts) -> Reach:
     bases = {base_of(owner) for owner in wanted}
     found.models = [name for name in spec.models if name in bases]
     found.fields = {name: tuple(fields) for name, fields in wanted.items()}
+    found.views = tuple(name for name in spec.views if name in set(_views(spec, found)))
     live = {*found.models, *found.nodes}
     declared = {part.name: part.where for part in spec.teachers.values()}
     declared |= {node.name: node.where for node in spec.nodes.values()}
     found.unused = tuple(where for name, where in declared.items() if name not in live)
+    found.unused += tuple(f"data.views.{name}" for name in spec.views if name not in found.views)
     return found
 
 
@@ -121,9 +124,10 @@ class Resolver:
     def keys(self, ref: str, where: str) -> list[Key]:
         """The keys of a ref that may stand for several: `*.logits` is that of every teacher."""
         owner, _, name = ref.partition(".")
-        if owner != "*":
+        base, at, view = owner.partition("@")
+        if base != "*":
             return [self.key(ref, where)]
-        return [self.key(f"{teacher}.{name}", where) for teacher in self.spec.teachers]
+        return [self.key(f"{teacher}{at}{view}.{name}", where) for teacher in self.spec.teachers]
 
     def key(self, ref: str, where: str) -> Key:
         """The key of a ref; a `PlanError` with the nearest valid ref where it names nothing."""
@@ -178,6 +182,20 @@ class Resolver:
         if offers is not None and name not in known and not is_depth(name):
             raise PlanError(f"{where}: {owner} has no {name!r}; {did_you_mean(name, known, what='it has')}")
         return name
+
+
+def _views(spec: RunSpec, found: Reach) -> Iterator[str]:
+    """The views that models are called on, that they name as their input, and that nodes read from the batch."""
+    for owner in found.fields:
+        yield owner.partition("@")[2]
+    for model in found.models:
+        streams = spec.models[model].engine.input or ()
+        for stream in [streams] if isinstance(streams, str) else streams:
+            yield str(stream).partition("@")[2]
+    for arguments in found.arguments.values():
+        for key in _keys(arguments):
+            if key.startswith("batch."):
+                yield key.partition("@")[2]
 
 
 def _keys(arguments: Mapping[str, Any]) -> Iterator[Key]:

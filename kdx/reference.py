@@ -1,4 +1,4 @@
-"""Writes the reference pages of the docs from the code: the config's sections, and every component.
+"""Writes the reference pages of the docs from the code: the config's sections, every component, every method.
 
 `python -m kdx.reference docs` writes them, `python -m kdx.reference --check docs` tells whether they are up to date.
 """
@@ -7,17 +7,23 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import fields
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from kdx.catalogue import component_rows, default_text
+from kdx.components import OPTIONAL, REQUIRED, Given, Many, Node
 from kdx.data import SplitOptions
+from kdx.errors import KdxError, PluginError
 from kdx.options import type_text
-from kdx.plugins import KINDS, Registry, discover
+from kdx.plugins import KINDS, Entry, Registry, discover
 from kdx.spec import METRICS, OPTIMIZER, UPDATER, ModelOptions, NodeOptions, RootOptions, RuntimeOptions, TrainOptions
+from kdx.trial import CLASSES, FACTS, default_refs
+from kdx.types import Shape
 
 _NOTE = "<!-- Written by `python -m kdx.reference docs`; change the docstrings instead. -->\n"
 _CONFIG_INTRODUCTION = """\
@@ -25,6 +31,16 @@ Each section of a config, with its options. What a section says besides these ar
 names with `use:`; see [components](components.md)."""
 _COMPONENTS_INTRODUCTION = """\
 What a config can name with `use:`. `kdx plugins NAME` shows the same for one component, also for your own."""
+_METHODS_INTRODUCTION = """\
+The losses and targets that come as plugins: where they are from, what they read, what they are set to, and what they
+train besides the student. What they read is a default that `inputs` changes; *both* stands for student and teacher. A
+method's name leads to its config, a short run on the shipped images; [components](components.md) says more of each."""
+_SOURCE = re.compile(r"\(([^()]*\b(?:19|20)\d\d\b[^()]*)\)")
+"""Authors, venue and year in a docstring."""
+_OWN = "A rule of kdx itself"
+_BOTH = ("student", "teacher")
+_OPTION = re.compile(r"[a-z_][a-z0-9_]*(?:, [a-z_][a-z0-9_]*)*: ")
+"""A line of a docstring that explains options."""
 _SECTIONS = (
     ("Sections", "", RootOptions),
     ("`data`, whatever the data set", "data.", SplitOptions),
@@ -55,17 +71,39 @@ def components_page(registry: Registry) -> str:
     """The reference of all components that kdx brings, by kind."""
     lines = [_NOTE, "# Components", "", _COMPONENTS_INTRODUCTION, ""]
     for kind in KINDS:
-        names = registry.names(kind)
         lines += [f"## {kind}", ""]
-        for name in names:
-            lines += _component(registry, kind, name)
+        for entry in _shipped(registry, kind):
+            lines += _component(entry)
     return "\n".join(lines)
 
 
-def pages() -> dict[str, str]:
-    """File name in the docs -> content."""
+def methods_page(registry: Registry, configs: Collection[str] = ()) -> str:
+    """One row for each loss and target of the shipped plugins; `configs` names those that a config shows."""
+    lines = [_NOTE, "# Methods", "", _METHODS_INTRODUCTION, ""]
+    entries = [
+        entry
+        for kind in ("targets", "losses")
+        for entry in _shipped(registry, kind)
+        if entry.component.__module__.startswith("kdx_plugins.")
+    ]
+    entries.sort(key=lambda entry: entry.component.__module__)
+    for module, group in groupby(entries, key=lambda entry: str(entry.component.__module__)):
+        lines += [f"## {module.partition('.')[2]}", "", inspect.cleandoc(sys.modules[module].__doc__ or ""), ""]
+        lines += ["| method | what | source | reads | defaults | trains |", "|---|---|---|---|---|---|"]
+        lines += ["| " + " | ".join(map(_cell, _method(entry, configs))) + " |" for entry in group]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def pages(configs: Path) -> dict[str, str]:
+    """File name in the docs -> content; `configs` is the folder with one config for each method."""
     registry = discover()
-    return {"config.md": config_page(), "components.md": components_page(registry)}
+    shown = {path.stem for path in configs.glob("*.yaml")}
+    return {
+        "config.md": config_page(),
+        "components.md": components_page(registry),
+        "methods.md": methods_page(registry, shown),
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -74,20 +112,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args(arguments)
-    stale = [name for name, text in pages().items() if _read(options.folder / name) != text]
+    found = pages(options.folder.parent / "configs" / "methods")
+    stale = [name for name, text in found.items() if _read(options.folder / name) != text]
     if options.check:
         for name in stale:
             sys.stderr.write(f"{options.folder / name} is not up to date: python -m kdx.reference {options.folder}\n")
         return 1 if stale else 0
-    for name, text in pages().items():
+    for name, text in found.items():
         (options.folder / name).write_text(text, encoding="utf-8")
     return 0
 
 
-def _component(registry: Registry, kind: str, name: str) -> Iterator[str]:
-    entry = registry.find(kind, name, "reference")
+def _shipped(registry: Registry, kind: str) -> list[Entry]:
+    """The components of one kind that come with kdx, by name; what else is installed here is not for the docs."""
+    entries = [registry.find(kind, name, "reference") for name in registry.names(kind)]
+    return [entry for entry in entries if entry.component.__module__.partition(".")[0] in ("kdx", "kdx_plugins")]
+
+
+def _component(entry: Entry) -> Iterator[str]:
     component: type[Any] = entry.component
-    yield from (f"### {name}", "", f"*{entry.plugin.name}*", "", _paragraphs(component), "")
+    yield from (f"### {component.name}", "", f"*{entry.plugin.name}*", "", _paragraphs(component), "")
     rows = list(component_rows(entry))
     if rows:
         yield from ("| what | name | type | default |", "|---|---|---|---|")
@@ -96,12 +140,84 @@ def _component(registry: Registry, kind: str, name: str) -> Iterator[str]:
         yield ""
 
 
+def _method(entry: Entry, configs: Collection[str]) -> tuple[str, ...]:
+    """The cells of one method's row."""
+    component: type[Node] = entry.component
+    name = component.name
+    title = inspect.cleandoc(component.__doc__ or "").partition("\n")[0]
+    source = _SOURCE.search(component.__doc__ or "")
+    knobs = [f"`{key}` {knob.default:g}" for key, knob in component.knobs.items()]
+    options = [f"`{item.name}` {default_text(item) or 'empty'}" for item in fields(component.Config)]
+    return (
+        f"[{name}](../configs/methods/{name}.yaml)" if name in configs else name,
+        re.split(r" \(|[.:;](?: |$)", title)[0],
+        " ".join(source[1].split()) if source else "kdx" if _OWN in (component.__doc__ or "") else "",
+        "; ".join(f"{who}: {', '.join(f'`{what}`' for what in names)}" for who, names in _reads(component).items()),
+        ", ".join([*knobs, *options]),
+        ", ".join(f"`{part}`" for part in _learnt(component)),
+    )
+
+
+def _reads(component: type[Node]) -> dict[str, list[str]]:
+    """Whose tensors a node reads by default -> which ones, then what the config names, and borrowed parts."""
+    found: dict[str, list[str]] = {}
+    for key, spec in component.inputs.items():
+        for ref in default_refs(spec):
+            owner, _, inner = ref.partition(".")
+            found.setdefault("each teacher" if owner == "*" else owner, []).append(inner)
+        if spec is REQUIRED or (isinstance(spec, Many) and not spec.default):
+            found.setdefault("named in the config", []).append(key)
+        if spec is OPTIONAL:
+            found.setdefault("may be named", []).append(key)
+    if "student" in found and found["student"] == found.get("teacher"):
+        found = {"both": found["student"], **{who: names for who, names in found.items() if who not in _BOTH}}
+    if component.borrows:
+        found["part"] = list(component.borrows.values())
+    return found
+
+
+def _learnt(component: type[Node]) -> list[str]:
+    """The attributes of a node that hold parameters, found by building it for shapes that it accepts."""
+    problem: Exception | None = None
+    for widths in ((6, 10), (8, 8)):
+        for free in ((8, 8), (), (9,)):  # what follows the channels of an input that may be of any layout
+            shapes = {
+                key: _example(key, spec, widths, free) for key, spec in component.inputs.items() if spec is not OPTIONAL
+            }
+            try:
+                node = component(component.Config(), Given(shapes, FACTS))
+            except KdxError as error:
+                problem = error
+                continue
+            names = (name.partition(".")[0] for name, weight in node.named_parameters() if weight.requires_grad)
+            return list(dict.fromkeys(names))
+    raise PluginError(f"{component.name} can be built for none of the shapes that the reference tries: {problem}")
+
+
+def _example(key: str, spec: Any, widths: tuple[int, int], free: Shape) -> Any:
+    """A shape of one sample, or a list of them, for an input that reads `spec`."""
+    if isinstance(spec, Many):
+        refs: list[str | None] = [ref.replace("*", "teacher") for ref in spec.default] or [None]
+        several = not spec.default or any("*" in ref for ref in spec.default)
+        return [_example(key, ref, widths, free) for ref in refs] * (2 if several else 1)
+    ref = spec if isinstance(spec, str) else key
+    width = widths[ref.startswith("teacher")]
+    if ref.startswith("batch."):
+        return ()
+    if ref.endswith("logits"):
+        return (CLASSES,)
+    if ref.endswith(".embedding"):
+        return (width,)
+    if not isinstance(spec, str):
+        return (width, *free) if len(free) != 1 else (*free, width)
+    return (width, 8, 8)
+
+
 def _paragraphs(component: type[Any]) -> str:
     """The docstring, with its indented option lists as Markdown lists."""
     lines: list[str] = []
     for line in inspect.cleandoc(component.__doc__ or "").splitlines():
-        head, colon, _ = line.partition(": ")
-        option = colon and head.replace("_", "").isalnum() and head.islower() and not line.startswith(" ")
+        option = _OPTION.match(line)
         if option and lines and lines[-1] and not lines[-1].startswith(("- ", "  ")):
             lines.append("")
         lines.append(f"- {line}" if option else f"  {line.strip()}" if line.startswith("    ") else line)

@@ -21,12 +21,14 @@ from kdx.builtin.watchers import JsonLines, Progress, TensorBoard
 from kdx.checkpoint import load_state, load_weights, save_state, save_weights
 from kdx.components import Dataset, Network
 from kdx.config import to_yaml
-from kdx.data import SplitOptions, Splits, Viewed, make_splits
+from kdx.data import SplitOptions, Splits, make_splits
+from kdx.deploy import check_answer
 from kdx.derive import expand_runs, plain_config
 from kdx.errors import CheckpointError, ConfigError, KdxError
 from kdx.files import write_text
 from kdx.identity import environment, network_digest, run_hash
 from kdx.loop import Session, Watchers, make_session, train
+from kdx.options import plain_options
 from kdx.outcome import conclude, run_row
 from kdx.plan import Plan, make_plan
 from kdx.plugins import Registry, compile_hook, discover
@@ -41,6 +43,7 @@ from kdx.spec import ModelSpec, RunSpec, check, full_config
 from kdx.student import STUDENT
 from kdx.table import plan_text
 from kdx.types import Batch, RunInfo
+from kdx.views import Viewed, with_views
 
 CHECKPOINT = "checkpoint"
 BEST = "best.safetensors"
@@ -97,7 +100,7 @@ def prepare(
     if options.networks:
         config = _with_networks(config, options.networks)
     if options.data is not None:
-        kept = {item.name for item in fields(SplitOptions)}
+        kept = {"views", *(item.name for item in fields(SplitOptions))}
         data = config.get("data") or {}
         config["data"] = {"use": "tensors", **{key: value for key, value in data.items() if key in kept}}
     if registry is None:
@@ -108,8 +111,9 @@ def prepare(
     spec = check(config, registry)
     dataset = _make_dataset(spec, options.data)
     splits = make_splits(dataset, spec.splits)
-    sample = dataset.on_device(splits.train.fetch([0, min(1, len(splits.train) - 1)]), None)
     reached = reach(spec, splits.facts)
+    dataset = dataset.only(reached.views) if isinstance(dataset, Viewed) else dataset
+    sample = dataset.on_device(splits.train.fetch([0, min(1, len(splits.train) - 1)]), None)
     needs = {
         name: _prepare_need(spec.models[name].engine.run, spec, options)
         for name in reached.models
@@ -149,6 +153,7 @@ def build_plan(prepared: Prepared, options: Options, *, trained: bool, device: t
         ready=ready if trained else None,
         networks=_copies(networks),
     )
+    check_answer(plan, {name: value[:2].to(device or "cpu") for name, value in prepared.sample.items()})
     compile_hook(spec.registry, "kdx_plan_ready")(plan)
     return plan
 
@@ -333,9 +338,9 @@ def _clear(folder: Path) -> None:
 
 def _make_dataset(spec: RunSpec, given: Dataset | None) -> Dataset:
     dataset: Dataset = spec.data.entry.component(spec.data.options) if given is None else given
-    if not spec.views:
-        return dataset
-    return Viewed(dataset, {name: view.entry.component(view.options) for name, view in spec.views.items()})
+    named: Mapping[str, Any] = spec.config.get("data", {}).get("views") or {}
+    options = {name: plain_options(view.options) for name, view in spec.views.items()}
+    return with_views(dataset, {name: {key: own[key] for key in named[name] or {}} for name, own in options.items()})
 
 
 def _with_networks(config: dict[str, Any], networks: Mapping[str, nn.Module]) -> dict[str, Any]:

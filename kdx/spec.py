@@ -263,7 +263,7 @@ def full_config(spec: RunSpec) -> dict[str, Any]:
     config = asdict(spec.root)
     config["data"] = {"use": spec.data.entry.component.name, **asdict(spec.splits), **plain_options(spec.data.options)}
     if spec.views:
-        config["data"]["views"] = {name: plain_options(view.options) for name, view in spec.views.items()}
+        config["data"]["views"] = {name: _view_options(view) for name, view in spec.views.items()}
     config["student"] = _full_model(spec.student)
     config["teachers"] = {name: _full_model(model) for name, model in spec.teachers.items()}
     for section, nodes in (("targets", spec.targets), ("align", spec.align), ("losses", spec.losses)):
@@ -275,6 +275,13 @@ def full_config(spec: RunSpec) -> dict[str, Any]:
     config["train"] = {**asdict(spec.train), "lr": knob_config(spec.lr), "updater": updater}
     config["runtime"] = asdict(spec.runtime)
     return config
+
+
+def _view_options(view: Part) -> dict[str, Any]:
+    """The options in which a view of the data may differ from the data."""
+    return {
+        key: value for key, value in plain_options(view.options).items() if key in view.entry.component.view_options
+    }
 
 
 def knob_config(knob: KnobSpec) -> Any:
@@ -321,7 +328,15 @@ def _views(views: Any, data: dict[str, Any], registry: Registry) -> dict[str, Pa
         where = f"data.views.{name}"
         if not name.isidentifier():
             raise ConfigError(f"{where}: {name!r} cannot be part of a ref; use letters, digits and underscores")
-        found[name] = _part("datasets", name, {**data, **_section(options, where)}, where, registry)
+        own = _section(options, where)
+        if "use" in own:
+            raise ConfigError(f"{where}.use: a view is of the same data set; say only the options that differ")
+        found[name] = _part("datasets", name, {**data, **own}, where, registry)
+        able = found[name].entry.component.view_options
+        for key in own:
+            if key not in able:
+                near = did_you_mean(key, able, what="views may differ in")
+                raise ConfigError(f"{where}.{key}: it acts when a sample is read, so all its views share it; {near}")
     return found
 
 

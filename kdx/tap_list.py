@@ -11,6 +11,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from kdx.components import Network
+from kdx.errors import PlanError
+from kdx.heads import GIVES, problem_of
 from kdx.taps import EMBEDDING, FEATURES, LOGITS, Tap, Tapped, classifier_of, is_depth, stage_count
 from kdx.types import Batch, Shape
 
@@ -26,12 +28,12 @@ class Tappable:
 
 
 def tappable(network: Network, batch: Batch) -> list[Tappable]:
-    """Fields that are always there, numbered stages, then every module, in the order in which they run.
+    """Fields that are always there, numbered stages, every module in the order in which they run, heads of attention.
 
     `batch` holds at least one sample. Shapes are per sample; None where a module gives or takes no single tensor.
     """
     network = network.eval()
-    return [*_fields(network, batch), *_stages(network, batch), *_modules(network, batch)]
+    return [*_fields(network, batch), *_stages(network, batch), *_modules(network, batch), *_heads(network, batch)]
 
 
 def tap_table(title: str, found: list[Tappable]) -> Table:
@@ -84,6 +86,21 @@ def _modules(network: Network, batch: Batch) -> Iterator[Tappable]:
         for handle in handles:
             handle.remove()
     yield from seen.values()
+
+
+def _heads(network: Network, batch: Batch) -> Iterator[Tappable]:
+    """The inside of plain self-attention."""
+    paths = [path for path, module in network.net.named_modules() if path and problem_of(module) is None]
+    taps = {f"{what}_{i}": Tap(path, give=what) for i, path in enumerate(paths) for what in GIVES}
+    tapped = Tapped(network, tuple(taps), taps, "model")
+    try:
+        with torch.no_grad():
+            tapped.protect(batch)
+            found = tapped(batch)
+    except PlanError:  # it is no plain self-attention
+        return
+    for name, tap in taps.items():
+        yield Tappable(f"{{path: {tap.path}, give: {tap.give}}}", "self-attention", _shape(found[name]), None)
 
 
 def _shape(value: Any) -> Shape | None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
+from kdx import heads
 from kdx.components import Network
 from kdx.errors import ConfigError, PlanError, did_you_mean
+from kdx.heads import GIVES
 from kdx.types import Batch
 
 LOGITS = "logits"
@@ -26,14 +29,21 @@ _DEPTH = re.compile(r"depth_([1-9][0-9]?|100)")
 
 @dataclass(frozen=True)
 class Tap:
-    """Where an inner tensor is: the n-th entry of a timm net's `feature_info`, or a module's output or input."""
+    """Where an inner tensor is: the n-th entry of a timm net's `feature_info`, or a module's output or input.
+
+    `give` names what is read inside of a self-attention module instead (`kdx.heads`).
+    """
 
     path: str | int
     side: str = "output"
+    give: str | None = None
 
 
 def read_taps(taps: Mapping[str, Any], where: str) -> dict[str, Tap]:
-    """The `taps` of a model section: a number, a path, or `{path: ..., side: output|input}` for each name."""
+    """The `taps` of a model section: a number, a path, or `{path: ..., side: output|input}` for each name.
+
+    `{path: ..., give: attention|scores|queries|keys|values}` reads the inside of a self-attention module.
+    """
     read: dict[str, Tap] = {}
     for name, value in taps.items():
         at = f"{where}.{name}"
@@ -43,8 +53,8 @@ def read_taps(taps: Mapping[str, Any], where: str) -> dict[str, Tap]:
             raise ConfigError(f"{at}: {name!r} cannot be part of a ref; use letters, digits and underscores")
         options = value if isinstance(value, Mapping) else {"path": value}
         for key in options:
-            if key not in ("path", "side"):
-                raise ConfigError(f"{at}.{key}: unknown option; {did_you_mean(str(key), ['path', 'side'])}")
+            if key not in ("path", "side", "give"):
+                raise ConfigError(f"{at}.{key}: unknown option; {did_you_mean(str(key), ['path', 'side', 'give'])}")
         path, side = options.get("path"), options.get("side", "output")
         if isinstance(path, bool) or not isinstance(path, (int, str)) or path == "":
             raise ConfigError(f"{at}: found {path!r}, expected a stage number or the path of a module")
@@ -52,7 +62,12 @@ def read_taps(taps: Mapping[str, Any], where: str) -> dict[str, Tap]:
             raise ConfigError(f"{at}.side: found {side!r}, expected output or input")
         if isinstance(path, int) and side == "input":
             raise ConfigError(f"{at}: a stage number gives outputs only; name a module's path to tap its input")
-        read[name] = Tap(path, side)
+        what = options.get("give")
+        if what is not None and what not in GIVES:
+            raise ConfigError(f"{at}.give: found {what!r}, expected one of {', '.join(GIVES)}")
+        if what is not None and (isinstance(path, int) or "side" in options):
+            raise ConfigError(f"{at}.give: it goes with the path of an attention module, without `side`")
+        read[name] = Tap(path, side, what)
     return read
 
 
@@ -73,6 +88,7 @@ class _Captured:
     cloned: set[str] = field(default_factory=set)
     stop_at: int = 0
     active: bool = False
+    proving: bool = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Captured:
         copied = _Captured(cloned=set(self.cloned), stop_at=self.stop_at)
@@ -111,6 +127,32 @@ class _InputHook:
         self.captured.take(self.name, inputs)
 
 
+@dataclass
+class _HeadsHook:
+    """Sits on the layer `qkv` of an attention module."""
+
+    name: str
+    captured: _Captured
+    attention: nn.Module
+    what: str
+    expected: Tensor | None = None
+
+    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        if self.captured.active:
+            if self.captured.proving:
+                self.expected = heads.proof(self.attention, output)
+            self.captured.take(self.name, heads.give(self.attention, output, self.what))
+
+    def prove(self, module: nn.Module, inputs: Any) -> None:
+        """Sits before the layer that takes what the heads give, and compares it with what they should give."""
+        expected, self.expected = self.expected, None
+        if expected is not None and not heads.agree(expected, inputs[0]):
+            raise PlanError(
+                f"tap {self.name!r}: {type(self.attention).__name__} does more than softmax(q k^T) v, such as relative "
+                "or rotary positions, so its heads cannot be read; tap its output instead"
+            )
+
+
 class Tapped(nn.Module):
     """Runs a network on a batch and returns the `wanted` fields.
 
@@ -136,7 +178,12 @@ class Tapped(nn.Module):
         self._hooked = [name for name, tap in used.items() if isinstance(tap.path, str)]
         for name, tap in used.items():
             if isinstance(tap.path, str):
-                self._hook(_find_module(network.net, tap.path, f"{where}.taps.{name}"), name, tap.side)
+                module = _find_module(network.net, tap.path, f"{where}.taps.{name}")
+                if tap.give is None:
+                    self._hook(module, name, tap.side)
+                else:
+                    self._hook_heads(module, name, tap, f"{where}.taps.{name}")
+        self._has_heads = any(tap.give is not None for tap in used.values())
         if EMBEDDING in self.wanted and EMBEDDING not in taps:
             self._hook(_classifier(network.net, where), EMBEDDING, "input")
             self._hooked.append(EMBEDDING)
@@ -172,7 +219,13 @@ class Tapped(nn.Module):
         captured = self._captured
         stop_at = captured.stop_at
         try:
-            captured.stop_at, captured.versions = 0, {}
+            captured.stop_at = 0
+            if self._has_heads:
+                captured.proving = True
+                with _evaluating(self.network.net):  # where there is no dropout between the heads and their proof
+                    self.forward(batch)
+                captured.proving = False
+            captured.versions = {}
             self.forward(batch)
             for name, versions in captured.versions.items():
                 if len(versions) > 1:
@@ -186,7 +239,11 @@ class Tapped(nn.Module):
                 if name != EMBEDDING and seen[name]._version != versions[0]:
                     captured.cloned.add(name)
         finally:
-            captured.stop_at, captured.versions = stop_at, None
+            captured.stop_at, captured.versions, captured.proving = stop_at, None, False
+
+    def copy_all(self) -> None:
+        """Clone every tap from now on, where no batch is at hand to find out which ones need it."""
+        self._captured.cloned.update(name for name in self._hooked if name != EMBEDDING)
 
     @property
     def stops_early(self) -> bool:
@@ -198,6 +255,16 @@ class Tapped(nn.Module):
             module.register_forward_pre_hook(_InputHook(name, self._captured))
         else:
             module.register_forward_hook(_OutputHook(name, self._captured))
+
+    def _hook_heads(self, module: Any, name: str, tap: Tap, where: str) -> None:
+        problem = heads.problem_of(module)
+        if problem is not None:
+            raise PlanError(
+                f"{where}: `give: {tap.give}` needs plain self-attention, but {type(module).__name__} {problem}"
+            )
+        hook = _HeadsHook(name, self._captured, module, str(tap.give))
+        module.qkv.register_forward_hook(hook)
+        heads.joint(module).register_forward_pre_hook(hook.prove)
 
     def _run(self, streams: list[Tensor]) -> dict[str, Tensor]:
         net: Any = self.network.net
@@ -243,6 +310,18 @@ class Tapped(nn.Module):
         return {name: output[name] for name in self._final}
 
 
+@contextmanager
+def _evaluating(net: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and afterwards the mode that each module had."""
+    modes = [(module, module.training) for module in net.modules()]
+    net.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 def is_depth(name: str) -> bool:
     """Whether a field names a stage by its relative depth, as `depth_50` does."""
     return _DEPTH.fullmatch(name) is not None
@@ -284,7 +363,10 @@ def _find_module(net: nn.Module, path: str, where: str) -> nn.Module:
     if len(matches) == 1:
         return modules[matches[0]]
     if matches:
-        raise PlanError(f"{where}: {path!r} fits {len(matches)} modules ({', '.join(matches[:6])} ...); expected one")
+        raise PlanError(
+            f"{where}: {path!r} fits {len(matches)} modules ({', '.join(matches[:6])} ...); expected one: write its path, "
+            f"as in {matches[0]}, and give each further module a tap of its own"
+        )
     near = did_you_mean(path, modules)
     raise PlanError(f"{where}: {type(net).__name__} has no module {path!r}; {near}")
 

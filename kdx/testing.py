@@ -6,7 +6,7 @@
         check_loss(MyLoss, shapes={"student": (8, 4, 4), "teacher": (8, 4, 4)}, zero_at_equality=True, margin=0.5)
 
 A class is made with the given options (knobs among them); an instance is taken as it is. Shapes are those of one
-sample. Failures are AssertionErrors that name the component.
+sample. Failures are AssertionErrors that name the component. `tiny_run` is a whole run with a plugin of yours.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from kdx.components import OPTIONAL, Aligner, Loss, Model, Network, Node, Schedule, Target
+from kdx.tiny import tiny_run
 from kdx.trial import (
     FACTS,
     Trial,
@@ -38,6 +39,8 @@ from kdx.trial import (
 )
 from kdx.types import Clock, DataFacts, Shape, StreamFacts
 
+__all__ = ["check_aligner", "check_loss", "check_model", "check_schedule", "check_target", "tiny_run"]
+
 _IMAGES = DataFacts(
     streams={"image": StreamFacts("image", (3, 32, 32), (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))},
     classes=FACTS.classes,
@@ -47,6 +50,7 @@ _IMAGES = DataFacts(
 
 def check_loss(
     loss: type[Loss] | Loss,
+    /,
     *,
     shapes: Mapping[str, Any] | None = None,
     tensors: Mapping[str, Tensor] | None = None,
@@ -84,6 +88,7 @@ def check_loss(
 
 def check_target(
     target: type[Target] | Target,
+    /,
     *,
     shapes: Mapping[str, Any] | None = None,
     tensors: Mapping[str, Tensor] | None = None,
@@ -102,7 +107,7 @@ def check_target(
 
 
 def check_aligner(
-    aligner: type[Aligner] | Aligner, *, source: Shape, like: Shape, batch: int = 11, **options: Any
+    aligner: type[Aligner] | Aligner, /, *, source: Shape, like: Shape, batch: int = 11, **options: Any
 ) -> None:
     """Check that an aligner brings [B, *source] to [B, *like], in float32, in half precision and under autocast."""
     trial = Trial(aligner, {"source": source, "like": like}, {}, {}, options, batch)
@@ -128,7 +133,7 @@ def check_aligner(
 
 
 def check_model(
-    model: type[Model], *, facts: DataFacts | None = None, streams: tuple[str, ...] = ("image",), **options: Any
+    model: type[Model], /, *, facts: DataFacts | None = None, streams: tuple[str, ...] = ("image",), **options: Any
 ) -> None:
     """Check that a model builds a network that takes raw streams, gives a batch of outputs, and can be trained.
 
@@ -167,7 +172,7 @@ def check_model(
     require(not unreached, who, f"no gradient reaches the parameters {unreached}")
 
 
-def check_schedule(schedule: type[Schedule] | Schedule, **options: Any) -> None:
+def check_schedule(schedule: type[Schedule] | Schedule, /, **options: Any) -> None:
     """Check that a schedule gives a finite float at each update, and the same one in whatever order it is asked."""
     kind = schedule if isinstance(schedule, type) else type(schedule)
     who = describe(kind)

@@ -34,12 +34,13 @@ def tiny_run(
     """Train the config `TINY` with your plugins and sections, and give its result.
 
     `folder` receives the run's folder, as pytest's `tmp_path`; `plugins` are files or modules; `sections` are laid
-    over the config (`losses={"mine": {"use": "my_loss"}}`), `overrides` over that. Fails as `kdx run` would.
+    over the config (`losses={"mine": {"use": "my_loss"}}`), `overrides` over that. A section `data` with a `use` of its
+    own stands in for the shipped images. Fails as `kdx run` would.
     """
     config = overlay(TINY, {"out": str(folder), "plugins": [str(item) for item in plugins]})
     for layer in (sections, *map(parse_override, overrides)):
         config = overlay(config, layer)
-    return run(config, data=_images(), quiet=True)
+    return run(config, data=None if "use" in config["data"] else _images(), quiet=True)
 
 
 def _images() -> dict[str, Batch]:

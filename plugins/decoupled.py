@@ -7,7 +7,8 @@ ones, as it is for cross-entropy. The target `pseudo_label` gives all samples a 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -198,7 +199,8 @@ def region_logits(maps: Tensor, whole: Tensor, head: Callable[[Tensor], Tensor],
     if not cells:
         return whole[:, None]
     rows = torch.cat(cells, dim=1)
-    return torch.cat([whole[:, None], head(rows.flatten(0, 1)).unflatten(0, rows.shape[:2])], dim=1)
+    B, N, _ = rows.shape
+    return torch.cat([whole[:, None], head(rows.flatten(0, 1)).reshape(B, N, -1)], dim=1)
 
 
 class ScaleDecoupled(kdx.Loss):
@@ -209,7 +211,7 @@ class ScaleDecoupled(kdx.Loss):
     counts twice. The whole image is the first region, so that with `grids: [1]` it is the wrapped loss. Published:
     weight and warm-up of the wrapped loss.
 
-    loss: `kd`, `dkd` or `nkd`, at `temperature`.
+    wraps: the loss, `kd`, `dkd` or `nkd`, at `temperature`.
     grids: cells along each axis, beginning with 1.
     alpha, beta: of `dkd`, 1 and 8 by default. gamma: of `nkd`, 1.5 by default.
 
@@ -232,8 +234,8 @@ class ScaleDecoupled(kdx.Loss):
 
     @dataclass(frozen=True)
     class Config:
-        loss: str = "dkd"
-        grids: tuple[int, ...] = (1, 2, 4)
+        wraps: str = "dkd"
+        grids: list[int] = field(default_factory=lambda: [1, 2, 4])
         alpha: float | None = None
         beta: float | None = None
         gamma: float | None = None
@@ -243,16 +245,16 @@ class ScaleDecoupled(kdx.Loss):
     def __init__(self, config: Config, given: kdx.Given) -> None:
         super().__init__(config, given)
         check_classes("sdd", given, "student_logits")
-        if config.loss not in WRAPPED:
-            raise kdx.ConfigError(f"loss: found {config.loss!r}, expected one of {', '.join(WRAPPED)}")
+        if config.wraps not in WRAPPED:
+            raise kdx.ConfigError(f"wraps: found {config.wraps!r}, expected one of {', '.join(WRAPPED)}")
         for name in ("alpha", "beta", "gamma"):
             value = getattr(config, name)
-            if value is not None and name not in WRAPPED[config.loss]:
-                raise kdx.ConfigError(f"{name}: `loss: {config.loss}` does not read it")
+            if value is not None and name not in WRAPPED[config.wraps]:
+                raise kdx.ConfigError(f"{name}: `wraps: {config.wraps}` does not read it")
             if value is not None and not value >= 0:
                 raise kdx.ConfigError(f"{name}: found {value}, expected at least 0")
         self.grids = tuple(config.grids)
-        if self.grids[:1] != (1,) or any(b <= a for a, b in zip(self.grids, self.grids[1:], strict=False)):
+        if self.grids[:1] != (1,) or any(b <= a for a, b in pairwise(self.grids)):
             raise kdx.ConfigError(f"grids: found {list(self.grids)}, expected rising numbers that begin with 1")
         for who in ("student", "teacher"):
             shape = given.shape(who)
@@ -290,13 +292,13 @@ class ScaleDecoupled(kdx.Loss):
         counts = torch.where(is_right == is_right[:, :1], 1.0, 2.0)
         tau = temperature if temperature.ndim == 0 else temperature.repeat_interleave(N)
         values = self._wrapped(ours.flatten(0, 1), theirs.flatten(0, 1), known.repeat_interleave(N), tau)
-        return over_labelled((counts * values.unflatten(0, (B, N))).sum(1), label)
+        return over_labelled((counts * values.reshape(B, N)).sum(1), label)
 
     def _wrapped(self, student: Tensor, teacher: Tensor, label: Tensor, temperature: Tensor) -> Tensor:
         config = self.config
-        if config.loss == "nkd":
+        if config.wraps == "nkd":
             return normalised(student, teacher, label, temperature, gamma=_or(config.gamma, 1.5))
-        if config.loss == "dkd":
+        if config.wraps == "dkd":
             alpha, beta = _or(config.alpha, 1.0), _or(config.beta, 8.0)
             return decoupled(student, teacher, label, temperature, alpha=alpha, beta=beta)
         tau = kdx.per_sample(temperature, student)
@@ -307,7 +309,7 @@ class ScaleDecoupled(kdx.Loss):
 def over_labelled(values: Tensor, label: Tensor) -> Tensor:
     """0 for samples without a label (-1), and the others scaled so that the mean is that over the labelled, [B]."""
     is_known = label >= 0
-    return torch.where(is_known, values, 0.0) * (len(label) / is_known.sum().clamp(min=1))
+    return torch.where(is_known, values, 0.0) * len(label) / is_known.sum().clamp(min=1)
 
 
 def check_classes(who: str, given: kdx.Given, name: str) -> None:

@@ -16,10 +16,10 @@ ROOT = Path(kdx.__file__).parent
 PLUGINS = ROOT.parent / "plugins"
 LAYERS = """
     errors formats page
-    types files options config randomness
+    types files options config randomness heads
     components
     hookspecs taps data optim measure checkpoint
-    result tap_list
+    result tap_list views
     history standings
     builtin.layouts builtin.augment builtin.schedules builtin.losses builtin.metrics builtin.models builtin.updaters \
         builtin.pictures builtin.watchers
@@ -30,14 +30,15 @@ LAYERS = """
     plugins
     spec catalogue
     calls trial
-    reach testing
+    reach
     plan identity
     modules runtime table deploy plots report_text
     loop student report
     outcome resume preflight derive
     runs
     api init reference
-    tiny cli
+    tiny
+    testing cli
     __main__
 """
 """From what imports nothing to what a person starts. A module imports from the lines above its own only."""

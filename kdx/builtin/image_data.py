@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
@@ -53,6 +54,12 @@ class ImageDataset(Dataset):
     def _facts(self) -> DataFacts:
         source = self.train()
         return DataFacts(streams=stream_facts(source), classes=self.classes(), size=len(source))
+
+    def view(self, config: Any) -> ImageDataset:
+        other = copy.copy(self)  # what has been read is shared
+        other.config = config
+        other._augment = read_augment(config.augment)
+        return other
 
     def on_device(self, batch: Batch, randomness: Randomness | None) -> Batch:
         return {name: self._ready(batch[name], name, randomness) for name in batch}

@@ -1,0 +1,83 @@
+"""Several views of a sample: one data set, with options of its own for each view."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+from kdx.components import Dataset, Split
+from kdx.errors import ConfigError, did_you_mean
+from kdx.randomness import Randomness
+from kdx.types import Batch, DataFacts
+
+
+class Viewed(Dataset):
+    """A data set whose training batches hold further views of each sample: `image@strong` beside `image`.
+
+    A view is the same raw sample with other options, as another augmentation. All views draw the same random numbers,
+    so they agree where their augmentations do. Where nothing is augmented, as in evaluation, all views are equal and
+    cost nothing.
+    """
+
+    name = "viewed"
+
+    def __init__(self, source: Dataset, views: Mapping[str, Dataset]) -> None:
+        super().__init__(source.config)
+        self._source = source
+        self._views = views
+
+    def facts(self) -> DataFacts:
+        facts = self._source.facts()
+        extra = {f"{name}@{view}": facts.streams[name] for view in self._views for name in self._seen(facts)}
+        return replace(facts, streams={**facts.streams, **extra})
+
+    def train(self) -> Split:
+        return self._source.train()
+
+    def val(self) -> Split | None:
+        return self._source.val()
+
+    def test(self) -> Split | None:
+        return self._source.test()
+
+    def fingerprint(self) -> str:
+        return self._source.fingerprint()
+
+    def on_device(self, batch: Batch, randomness: Randomness | None) -> Batch:
+        found = dict(self._source.on_device(dict(batch), randomness))
+        streams = self._seen(self._source.facts())
+        for view, dataset in self._views.items():
+            other = found if randomness is None else dataset.on_device(dict(batch), randomness)
+            found |= {f"{name}@{view}": other[name] for name in streams}
+        return found
+
+    def only(self, names: Iterable[str]) -> Dataset:
+        """The data set with these of its views; views that nothing reads are not made."""
+        kept = {name: view for name, view in self._views.items() if name in set(names)}
+        return Viewed(self._source, kept) if kept else self._source
+
+    @staticmethod
+    def _seen(facts: DataFacts) -> list[str]:
+        return [name for name, stream in facts.streams.items() if stream.kind != "label"]
+
+
+def with_views(source: Dataset, views: Mapping[str, Mapping[str, Any]]) -> Dataset:
+    """A data set with views; `views` maps the name of each to the options in which it differs.
+
+    Raises `ConfigError` for options that data handed over in Python does not have.
+    """
+    return Viewed(source, {name: _view(source, name, options) for name, options in views.items()}) if views else source
+
+
+def _view(source: Dataset, name: str, options: Mapping[str, Any]) -> Dataset:
+    known = [item.name for item in fields(source.config)] if is_dataclass(source.config) else []
+    known = [option for option in known if option in source.view_options]
+    for option in options:
+        if option not in known:
+            near = did_you_mean(option, known, what="views may differ in")
+            raise ConfigError(f"data.views.{name}.{option}: {type(source).__name__} has no such option; {near}")
+    try:
+        return source.view(replace(source.config, **options) if options else source.config)
+    except ConfigError as error:
+        raise ConfigError(f"data.views.{name}: {error}") from error
