@@ -50,6 +50,11 @@ def proof(module: Any, qkv: Tensor) -> Tensor:
     return (give(module, qkv, "attention") @ values).transpose(1, 2).flatten(2)
 
 
+def amplified(module: Any, qkv: Tensor) -> Tensor:
+    """`qkv` scaled so that scores differ: first weights give nearly equal ones, in which positions would not show."""
+    return qkv * (2 / give(module, qkv, "scores").std().clamp(min=1e-6)).sqrt()
+
+
 def joint(module: Any) -> nn.Module:
     """The layer that takes what the heads give together."""
     found: nn.Module = _joint(module)
@@ -71,7 +76,8 @@ def _joint(module: Any) -> Any:
 def _split(module: Any, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if qkv.ndim != 3 or qkv.shape[-1] % (3 * module.num_heads):
         raise PlanError(f"its `qkv` gives {list(qkv.shape[1:])}, expected [N, 3 * {module.num_heads} heads * head_dim]")
-    queries, keys, values = qkv.unflatten(-1, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    parts = qkv.reshape(*qkv.shape[:2], 3, module.num_heads, -1)
+    queries, keys, values = parts.permute(2, 0, 3, 1, 4).unbind(0)
     q_norm, k_norm = (getattr(module, name, None) or nn.Identity() for name in ("q_norm", "k_norm"))
     return q_norm(queries), k_norm(keys), values
 

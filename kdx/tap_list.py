@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kdx.components import Network
 from kdx.errors import PlanError
-from kdx.heads import GIVES, problem_of
+from kdx.heads import problem_of
 from kdx.taps import EMBEDDING, FEATURES, LOGITS, Tap, Tapped, classifier_of, is_depth, stage_count
 from kdx.types import Batch, Shape
 
@@ -42,7 +42,7 @@ def tap_table(title: str, found: list[Tappable]) -> Table:
     table.add_column("tap", no_wrap=True)
     for column in ("module", "gives", "takes"):
         table.add_column(column, overflow="fold")
-    table.caption = "`takes` is what `side: input` gives"
+    table.caption = "`takes` is what `side: input` gives; `give` has scores as attention, queries and keys as values"
     for item in found:
         table.add_row(item.tap, item.module, _dims(item.gives), _dims(item.takes))
     return table
@@ -89,9 +89,11 @@ def _modules(network: Network, batch: Batch) -> Iterator[Tappable]:
 
 
 def _heads(network: Network, batch: Batch) -> Iterator[Tappable]:
-    """The inside of plain self-attention."""
+    """The inside of plain self-attention: one tensor of each shape."""
     paths = [path for path, module in network.net.named_modules() if path and problem_of(module) is None]
-    taps = {f"{what}_{i}": Tap(path, give=what) for i, path in enumerate(paths) for what in GIVES}
+    taps = {f"{what}_{i}": Tap(path, give=what) for i, path in enumerate(paths) for what in ("attention", "values")}
+    if not taps:
+        return
     tapped = Tapped(network, tuple(taps), taps, "model")
     try:
         with torch.no_grad():

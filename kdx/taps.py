@@ -137,11 +137,15 @@ class _HeadsHook:
     what: str
     expected: Tensor | None = None
 
-    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        if self.captured.active:
-            if self.captured.proving:
-                self.expected = heads.proof(self.attention, output)
-            self.captured.take(self.name, heads.give(self.attention, output, self.what))
+    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> Tensor | None:
+        if not self.captured.active:
+            return None
+        if self.captured.proving:
+            output = heads.amplified(self.attention, output)
+            self.expected = heads.proof(self.attention, output)
+            return output
+        self.captured.take(self.name, heads.give(self.attention, output, self.what))
+        return None
 
     def prove(self, module: nn.Module, inputs: Any) -> None:
         """Sits before the layer that takes what the heads give, and compares it with what they should give."""
@@ -223,7 +227,7 @@ class Tapped(nn.Module):
             if self._has_heads:
                 captured.proving = True
                 with _evaluating(self.network.net):  # where there is no dropout between the heads and their proof
-                    self.forward(batch)
+                    self._prove(batch)
                 captured.proving = False
             captured.versions = {}
             self.forward(batch)
@@ -240,6 +244,14 @@ class Tapped(nn.Module):
                     captured.cloned.add(name)
         finally:
             captured.stop_at, captured.versions, captured.proving = stop_at, None, False
+
+    def _prove(self, batch: Batch) -> None:
+        """A pass in which every tap inside of attention is compared with what its module computes."""
+        self._captured.active = True
+        try:
+            self._run([self.network.prepare(batch[stream]) for stream in self.network.streams])
+        finally:
+            self._captured.active, self._captured.tensors = False, {}
 
     def copy_all(self) -> None:
         """Clone every tap from now on, where no batch is at hand to find out which ones need it."""
@@ -364,8 +376,8 @@ def _find_module(net: nn.Module, path: str, where: str) -> nn.Module:
         return modules[matches[0]]
     if matches:
         raise PlanError(
-            f"{where}: {path!r} fits {len(matches)} modules ({', '.join(matches[:6])} ...); expected one: write its path, "
-            f"as in {matches[0]}, and give each further module a tap of its own"
+            f"{where}: {path!r} fits {len(matches)} modules ({', '.join(matches[:6])} ...); expected one: write its "
+            f"path, as in {matches[0]}, and give each further module a tap of its own"
         )
     near = did_you_mean(path, modules)
     raise PlanError(f"{where}: {type(net).__name__} has no module {path!r}; {near}")

@@ -76,10 +76,10 @@ class AttentionTransfer(kdx.Loss):
     By default on maps of four depths; the values of the pairs are added up. 0 where both nets look at the same places;
     a positive factor on either side and the order of channels do not count. A pair with only one place adds nothing.
     Features are maps [B, C, H, W] or tokens [B, N, D]. Tokens lie as the map that they are compared with, or in a
-    square; two features of tokens that are not both square lie in a line. Drop prefix tokens in the tap. Published
-    weight: 1000.
+    square; two features of tokens that are not both square lie in a line. Drop prefix tokens in the tap.
 
-    form: `code` is what the authors' code computes, `paper` their equation (which halves the weight as well).
+    form: `code` is what the authors' code computes, `paper` their equation (which halves the weight as well). Published
+        weight of `code`: 1000, for maps of 8x8 to 32x32. The mean over places makes its values larger on smaller maps.
     p: the power of the activations, from 1.
     """
 

@@ -104,18 +104,18 @@ def asymmetric_targets(teacher: Tensor, label: Tensor, true: Tensor, other: Tens
 class AsymmetricTemperature(kdx.Loss):
     """Asymmetric temperature scaling (Li et al., NeurIPS 2022), one value per sample, with labels [B].
 
-    `temperature^2` times the KL of the teacher, the true class softened by `true` and the others by `other`, to the
-    student softened by `temperature`. With three equal temperatures it is `kd`. Published: `true` above `other` by 1
-    to 2. 0 for a student with that distribution. As temperatures differ, a constant added to a row of the teacher's
-    logits does count.
+    `temperature^2` times the KL of the teacher, the true class softened by `true_temperature` and the others by
+    `other_temperature`, to the student softened by `temperature`. With three equal temperatures it is `kd`. Published:
+    that of the true class is 2 to 6 and above the other one by 1 to 2. 0 for a student with that distribution. As
+    temperatures differ, a constant added to a row of the teacher's logits does count.
     """
 
     name = "ats"
     inputs = {"student": "student.logits", "teacher": "teacher.logits", "label": "batch.label"}
     knobs = {
         "temperature": kdx.Knob(4.0, above=0.0),
-        "true": kdx.Knob(5.0, above=0.0),
-        "other": kdx.Knob(4.0, above=0.0),
+        "true_temperature": kdx.Knob(5.0, above=0.0),
+        "other_temperature": kdx.Knob(4.0, above=0.0),
     }
     same_shape = (("student", "teacher"),)
 
@@ -124,9 +124,15 @@ class AsymmetricTemperature(kdx.Loss):
         check_classes("ats", given, "student")
 
     def forward(
-        self, student: Tensor, teacher: Tensor, label: Tensor, temperature: Tensor, true: Tensor, other: Tensor
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        label: Tensor,
+        temperature: Tensor,
+        true_temperature: Tensor,
+        other_temperature: Tensor,
     ) -> Tensor:
-        wanted = asymmetric_targets(teacher.detach(), label.clamp(min=0), true, other)
+        wanted = asymmetric_targets(teacher.detach(), label.clamp(min=0), true_temperature, other_temperature)
         ours = F.log_softmax(student / kdx.per_sample(temperature, student), dim=1)
         divergence = F.kl_div(ours, wanted, reduction="none", log_target=True).sum(1)
         return over_labelled(divergence * temperature.square(), label)

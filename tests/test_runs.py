@@ -148,10 +148,13 @@ def test_two_teachers_whose_runs_differ_in_name_alone_are_both_trained() -> None
 
 
 def test_fresh_trains_again_and_finds_the_same_numbers(tmp_path: Path) -> None:
-    first = run_in(tmp_path, STATEFUL)
-    before = touched(first.folder)
-    (first.folder / "left_behind").write_text("of an earlier run")
-    again = run_in(tmp_path, STATEFUL, fresh=True)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        first = run_in(tmp_path, STATEFUL)
+        before = touched(first.folder)
+        (first.folder / "left_behind").write_text("of an earlier run")
+        torch.manual_seed(2)
+        again = run_in(tmp_path, STATEFUL, fresh=True)
     after = touched(again.folder)
     assert again.folder == first.folder
     assert all(after[name][0] > before[name][0] for name in before)

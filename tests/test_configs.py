@@ -1,0 +1,92 @@
+"""Every config that comes with kdx can be planned, and those of methods say where they are from."""
+
+from __future__ import annotations
+
+import functools
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+import kdx
+from kdx.config import load
+from kdx.errors import DataError
+from kdx.plan import Plan
+from kdx.plugins import Registry, discover
+from kdx.runs import Options, build_plan, prepare
+
+CONFIGS = Path(kdx.__file__).parents[1] / "configs"
+METHODS = [path for path in sorted((CONFIGS / "methods").glob("*.yaml")) if path.stem != "base"]
+CIFAR = sorted((CONFIGS / "cifar").rglob("*.yaml"))
+SMALL = ("resnet56_resnet20", "wrn_40_2_wrn_16_2", "resnet20")
+"""The configs of the benchmark whose nets are built in a second or two."""
+SOURCE = re.compile(r"\([A-Z][^()]*, (19|20)\d\d\)")
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a config can be run: it has a student. The others are there to be extended."""
+    return "student" in load(path)
+
+
+OTHERS = [path for path in sorted(CONFIGS.rglob("*.yaml")) if path not in CIFAR and is_whole(path)]
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(CONFIGS).with_suffix("").as_posix()
+
+
+@functools.cache
+def registry() -> Registry:
+    return discover()
+
+
+def plan_of(path: Path, *overrides: str) -> Plan:
+    how = Options(quiet=True)
+    return build_plan(prepare(load(path, overrides), how, registry=registry()), how, trained=False)
+
+
+@pytest.mark.parametrize("path", OTHERS, ids=name_of)
+def test_a_config_can_be_planned(path: Path) -> None:
+    plan = plan_of(path)
+    assert not plan.unused, f"no loss needs {plan.unused}"
+
+
+@pytest.mark.parametrize("path", CIFAR, ids=name_of)
+def test_a_config_of_the_benchmark_lacks_nothing_but_the_data(path: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="CIFAR100"):
+        plan_of(path, f"data.root={tmp_path}")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path if path.stem in SMALL else pytest.param(path, marks=pytest.mark.slow) for path in CIFAR],
+    ids=name_of,
+)
+def test_a_config_of_the_benchmark_can_be_planned_on_other_images(path: Path) -> None:
+    plan = plan_of(path, "data.use=fashion_mnist")
+    assert set(plan.teachers) == ({"teacher"} if "_" in path.stem and path.parent.name == "cifar" else set())
+
+
+def test_a_config_without_a_student_is_extended_by_another_one() -> None:
+    extended = set()
+    for path in CONFIGS.rglob("*.yaml"):
+        name = yaml.safe_load(path.read_text(encoding="utf-8")).get("extends")
+        if name is not None:
+            extended.add((path.parent / name).resolve())
+    for path in CONFIGS.rglob("*.yaml"):
+        assert is_whole(path) or path.resolve() in extended, f"{name_of(path)} has no student, and nothing extends it"
+
+
+@pytest.mark.parametrize("path", METHODS, ids=name_of)
+def test_a_config_of_a_method_uses_what_it_is_named_after(path: Path) -> None:
+    """The component of that name, or the value of an option, as a divergence of `kd`."""
+    config = load(path)
+    nodes = {**config.get("targets", {}), **config["losses"]}
+    assert any(path.stem in node.values() for node in nodes.values()), f"{path.name} uses no {path.stem}"
+
+
+@pytest.mark.parametrize("path", METHODS, ids=name_of)
+def test_a_config_of_a_method_begins_with_its_source(path: Path) -> None:
+    comment = "".join(re.findall(r"\A(?:#.*\n)+", path.read_text(encoding="utf-8")))
+    assert SOURCE.search(comment), f"{path.name} begins with {comment!r}, expected (Authors, year) there"
