@@ -33,7 +33,7 @@ def give(module: Any, qkv: Tensor, what: str) -> Tensor:
 
 
 def problem_of(module: nn.Module) -> str | None:
-    """Why a module's heads cannot be read, or None. `proof` still has to be compared with what the module computes."""
+    """Why a module's heads cannot be read, or None. What it computes is still to be compared (`Proof`)."""
     if not isinstance(getattr(module, "qkv", None), nn.Module):
         return "has no layer `qkv`"
     if not isinstance(getattr(module, "num_heads", None), int) or not isinstance(_joint(module), nn.Module):
@@ -44,29 +44,39 @@ def problem_of(module: nn.Module) -> str | None:
     return None
 
 
-def proof(module: Any, qkv: Tensor) -> Tensor:
-    """What the heads of plain attention give together, [B, N, heads * head_dim]: what enters `joint`."""
-    values = _split(module, qkv)[2]
-    return (give(module, qkv, "attention") @ values).transpose(1, 2).flatten(2)
+class Proof:
+    """Compares, while it is `on`, what a module's heads give together with what plain attention would give.
 
+    Scores are made to differ for that: first weights give nearly equal ones, in which positions would not show.
+    Raises `PlanError` where the two are not the same up to rounding.
+    """
 
-def amplified(module: Any, qkv: Tensor) -> Tensor:
-    """`qkv` scaled so that scores differ: first weights give nearly equal ones, in which positions would not show."""
-    return qkv * (2 / give(module, qkv, "scores").std().clamp(min=1e-6)).sqrt()
+    def __init__(self, module: Any) -> None:
+        self.on = False
+        self._module = module
+        self._expected: Tensor | None = None
+        module.qkv.register_forward_hook(self._after_qkv)
+        _joint(module).register_forward_pre_hook(self._before_joint)
 
+    def _after_qkv(self, layer: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
+        if not self.on:
+            return None
+        scores = give(self._module, output, "scores")
+        output = output * (2 / scores.std().clamp(min=1e-6)).sqrt()
+        values = _split(self._module, output)[2]
+        self._expected = (give(self._module, output, "attention") @ values).transpose(1, 2).flatten(2)
+        return output
 
-def joint(module: Any) -> nn.Module:
-    """The layer that takes what the heads give together."""
-    found: nn.Module = _joint(module)
-    return found
-
-
-def agree(expected: Tensor, found: Tensor) -> bool:
-    """Whether two results of `proof` are the same up to rounding."""
-    if expected.shape != found.shape:
-        return False
-    expected, found = expected.float(), found.float()
-    return bool((expected - found).norm() <= 1e-2 * found.norm())
+    def _before_joint(self, layer: nn.Module, inputs: Any) -> None:
+        expected, self._expected = self._expected, None
+        if expected is None:
+            return
+        found = inputs[0]
+        if expected.shape != found.shape or bool((expected - found).norm() > 1e-2 * found.norm()):
+            raise PlanError(
+                f"{type(self._module).__name__} does more than softmax(q k^T) v, such as relative or rotary positions, "
+                "so its heads cannot be tapped; tap its output instead"
+            )
 
 
 def _joint(module: Any) -> Any:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,7 +87,6 @@ class _Captured:
     cloned: set[str] = field(default_factory=set)
     stop_at: int = 0
     active: bool = False
-    proving: bool = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Captured:
         copied = _Captured(cloned=set(self.cloned), stop_at=self.stop_at)
@@ -135,26 +133,10 @@ class _HeadsHook:
     captured: _Captured
     attention: nn.Module
     what: str
-    expected: Tensor | None = None
 
-    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> Tensor | None:
-        if not self.captured.active:
-            return None
-        if self.captured.proving:
-            output = heads.amplified(self.attention, output)
-            self.expected = heads.proof(self.attention, output)
-            return output
-        self.captured.take(self.name, heads.give(self.attention, output, self.what))
-        return None
-
-    def prove(self, module: nn.Module, inputs: Any) -> None:
-        """Sits before the layer that takes what the heads give, and compares it with what they should give."""
-        expected, self.expected = self.expected, None
-        if expected is not None and not heads.agree(expected, inputs[0]):
-            raise PlanError(
-                f"tap {self.name!r}: {type(self.attention).__name__} does more than softmax(q k^T) v, such as relative "
-                "or rotary positions, so its heads cannot be read; tap its output instead"
-            )
+    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        if self.captured.active:
+            self.captured.take(self.name, heads.give(self.attention, output, self.what))
 
 
 class Tapped(nn.Module):
@@ -179,6 +161,7 @@ class Tapped(nn.Module):
                         if isinstance(tap.path, int)}  # fmt: skip
         self._indices = sorted(set(self._stages.values()))
         self._captured = _Captured()
+        self._proofs: dict[nn.Module, heads.Proof] = {}
         self._hooked = [name for name, tap in used.items() if isinstance(tap.path, str)]
         for name, tap in used.items():
             if isinstance(tap.path, str):
@@ -187,7 +170,6 @@ class Tapped(nn.Module):
                     self._hook(module, name, tap.side)
                 else:
                     self._hook_heads(module, name, tap, f"{where}.taps.{name}")
-        self._has_heads = any(tap.give is not None for tap in used.values())
         if EMBEDDING in self.wanted and EMBEDDING not in taps:
             self._hook(_classifier(network.net, where), EMBEDDING, "input")
             self._hooked.append(EMBEDDING)
@@ -224,11 +206,8 @@ class Tapped(nn.Module):
         stop_at = captured.stop_at
         try:
             captured.stop_at = 0
-            if self._has_heads:
-                captured.proving = True
-                with _evaluating(self.network.net):  # where there is no dropout between the heads and their proof
-                    self._prove(batch)
-                captured.proving = False
+            if self._proofs:
+                self._prove(batch)
             captured.versions = {}
             self.forward(batch)
             for name, versions in captured.versions.items():
@@ -243,15 +222,21 @@ class Tapped(nn.Module):
                 if name != EMBEDDING and seen[name]._version != versions[0]:
                     captured.cloned.add(name)
         finally:
-            captured.stop_at, captured.versions, captured.proving = stop_at, None, False
+            captured.stop_at, captured.versions = stop_at, None
 
     def _prove(self, batch: Batch) -> None:
-        """A pass in which every tap inside of attention is compared with what its module computes."""
-        self._captured.active = True
+        """A pass that compares every tap inside of attention with what its module computes, without dropout."""
+        modes = [(module, module.training) for module in self.network.net.modules()]
+        self.network.net.eval()
+        for proof in self._proofs.values():
+            proof.on = True
         try:
             self._run([self.network.prepare(batch[stream]) for stream in self.network.streams])
         finally:
-            self._captured.active, self._captured.tensors = False, {}
+            for proof in self._proofs.values():
+                proof.on = False
+            for module, mode in modes:
+                module.training = mode
 
     def copy_all(self) -> None:
         """Clone every tap from now on, where no batch is at hand to find out which ones need it."""
@@ -274,9 +259,9 @@ class Tapped(nn.Module):
             raise PlanError(
                 f"{where}: `give: {tap.give}` needs plain self-attention, but {type(module).__name__} {problem}"
             )
-        hook = _HeadsHook(name, self._captured, module, str(tap.give))
-        module.qkv.register_forward_hook(hook)
-        heads.joint(module).register_forward_pre_hook(hook.prove)
+        if module not in self._proofs:
+            self._proofs[module] = heads.Proof(module)
+        module.qkv.register_forward_hook(_HeadsHook(name, self._captured, module, str(tap.give)))
 
     def _run(self, streams: list[Tensor]) -> dict[str, Tensor]:
         net: Any = self.network.net
@@ -320,18 +305,6 @@ class Tapped(nn.Module):
                     f"{did_you_mean(name, [*map(str, output), *self._names])}"
                 )
         return {name: output[name] for name in self._final}
-
-
-@contextmanager
-def _evaluating(net: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and afterwards the mode that each module had."""
-    modes = [(module, module.training) for module in net.modules()]
-    net.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def is_depth(name: str) -> bool:

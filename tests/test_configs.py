@@ -43,7 +43,8 @@ def registry() -> Registry:
 
 def plan_of(path: Path, *overrides: str) -> Plan:
     how = Options(quiet=True)
-    return build_plan(prepare(load(path, overrides), how, registry=registry()), how, trained=False)
+    found = prepare(load(path, ["baseline=false", *overrides]), how, registry=registry())
+    return build_plan(found, how, trained=False)
 
 
 @pytest.mark.parametrize("path", OTHERS, ids=name_of)
