@@ -21,7 +21,8 @@ from kdx.data import SplitOptions
 from kdx.errors import KdxError, PluginError
 from kdx.options import type_text
 from kdx.plugins import KINDS, Entry, Registry, discover
-from kdx.spec import METRICS, OPTIMIZER, UPDATER, ModelOptions, NodeOptions, RootOptions, RuntimeOptions, TrainOptions
+from kdx.sections import ModelOptions, NodeOptions, RootOptions, RuntimeOptions, TrainOptions
+from kdx.spec import METRICS, OPTIMIZER, UPDATER
 from kdx.trial import CLASSES, FACTS, default_refs
 from kdx.types import Shape
 

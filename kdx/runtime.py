@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kdx.components import Engine
 from kdx.errors import ConfigError
-from kdx.spec import RuntimeOptions
+from kdx.sections import RuntimeOptions
 from kdx.types import Batch
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}

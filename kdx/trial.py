@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 
 from kdx.components import OPTIONAL, Aligner, Component, Given, Knob, Loss, Many, Node
-from kdx.spec import NodeOptions
+from kdx.sections import NodeOptions
 from kdx.types import DataFacts
 
 RESERVED = {"use", "inputs", "borrows", "source", "like", *(item.name for item in fields(NodeOptions))}

@@ -199,3 +199,9 @@ def test_paths_in_the_text_exist() -> None:
         for token in inline(page):
             if token.type == "code_inline" and re.fullmatch(r"(configs|plugins|tests|kdx|docs)/[\w./]*", token.content):
                 assert (ROOT / token.content).exists(), f"{page.name} names {token.content}, which is not there"
+
+
+def test_the_page_on_architecture_names_every_file() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    files = {path.stem for path in (ROOT / "kdx").glob("*.py") if not path.stem.startswith("_")}
+    assert {name for name in files if f"`{name}`" not in text} == set()

@@ -29,6 +29,13 @@ def test_new_content_replaces_the_old(tmp_path: Path) -> None:
     assert path.read_text() == "new"
 
 
+def test_the_file_is_exchanged_as_a_whole_and_never_written_into(tmp_path: Path) -> None:
+    write_text(tmp_path / "a", "old")
+    os.link(tmp_path / "a", tmp_path / "seen_by_a_reader")
+    write_text(tmp_path / "a", "new")
+    assert (tmp_path / "seen_by_a_reader").read_text() == "old"
+
+
 def fails_with_a_bug(file: BinaryIO) -> None:
     file.write(b"half")
     raise ZeroDivisionError

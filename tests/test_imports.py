@@ -16,7 +16,7 @@ ROOT = Path(kdx.__file__).parent
 PLUGINS = ROOT.parent / "plugins"
 LAYERS = """
     errors formats page
-    types files options config randomness heads
+    types files options config randomness heads sections
     components
     hookspecs taps data optim measure checkpoint
     result tap_list views

@@ -6,9 +6,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kdx_plugins.logit import LogitRegression, SoftTargets, logit_regression, soft_targets
+from kdx_plugins.logit import (
+    DIVERGENCES,
+    AnnealedRegression,
+    LogitRegression,
+    MultiLabel,
+    SoftTargets,
+    binary_divergence,
+    logit_regression,
+    soft_binary_cross_entropy,
+    soft_targets,
+)
 from torch import Tensor
 
+import kdx
 from kdx.testing import check_loss
 
 STUDENT = torch.tensor(
@@ -95,9 +106,123 @@ def test_a_student_far_from_its_teacher_gives_a_large_but_finite_value() -> None
     assert value.item() == pytest.approx(1e4)
 
 
+@pytest.mark.parametrize(
+    ("divergence", "mix", "golden"),
+    [
+        ("reverse_kl", 0.0, 0.1629434157),
+        ("jsd", 0.5, 0.0371714856),
+        ("jsd", 0.1, 0.0130791811),
+        ("skew_kl", 0.1, 0.1178010426),
+        ("skew_reverse_kl", 0.1, 0.1255701940),
+        ("total_variation", 0.0, 0.2256864868),
+    ],
+)
+def test_divergences_have_their_golden_values(divergence: str, mix: float, golden: float) -> None:
+    value = soft_targets(STUDENT, TEACHER, tau(1.0), divergence=divergence, mix=mix).mean()
+    assert value.item() == pytest.approx(golden, abs=1e-9)
+
+
+@settings(deadline=None)
+@given(seed=st.integers(0, 1000), temperature=st.floats(0.5, 20))
+def test_divergences_are_never_below_zero_and_ignore_shifts_of_a_row(seed: int, temperature: float) -> None:
+    student, teacher = normal(seed, 4, 6), normal(seed + 1, 4, 6)
+    for divergence in DIVERGENCES:
+        value = soft_targets(student, teacher, tau(temperature), divergence=divergence, mix=0.3)
+        assert (value > 0).all(), divergence
+        moved = soft_targets(student + 7, teacher - 3, tau(temperature), divergence=divergence, mix=0.3)
+        torch.testing.assert_close(moved, value)
+
+
+def made(**options: object) -> SoftTargets:
+    return SoftTargets(SoftTargets.Config(**options), kdx.Given())  # type: ignore[arg-type]
+
+
+def test_the_ends_of_the_mixtures_are_plain_divergences() -> None:
+    forward = made()(STUDENT, TEACHER, tau(2.0))
+    reverse = made(divergence="reverse_kl")(STUDENT, TEACHER, tau(2.0))
+    torch.testing.assert_close(made(divergence="jsd", beta=0.0)(STUDENT, TEACHER, tau(2.0)), forward)
+    torch.testing.assert_close(made(divergence="jsd", beta=1.0)(STUDENT, TEACHER, tau(2.0)), reverse)
+    torch.testing.assert_close(made(divergence="skew_kl", alpha=0.0)(STUDENT, TEACHER, tau(2.0)), forward)
+    torch.testing.assert_close(made(divergence="skew_reverse_kl", alpha=0.0)(STUDENT, TEACHER, tau(2.0)), reverse)
+    torch.testing.assert_close(reverse, soft_targets(TEACHER, STUDENT, tau(2.0)))
+
+
+def test_options_of_a_divergence_are_used_and_have_their_published_defaults() -> None:
+    half, tenth = made(divergence="jsd"), made(divergence="jsd", beta=0.1)
+    assert half(STUDENT, TEACHER, tau(1.0)).mean().item() == pytest.approx(0.0371714856, abs=1e-9)
+    assert tenth(STUDENT, TEACHER, tau(1.0)).mean().item() == pytest.approx(0.0130791811, abs=1e-9)
+    skewed = made(divergence="skew_kl")(STUDENT, TEACHER, tau(1.0))
+    assert skewed.mean().item() == pytest.approx(0.1178010426, abs=1e-9)
+    evenly = made(divergence="jsd")
+    torch.testing.assert_close(evenly(STUDENT, TEACHER, tau(1.0)), evenly(TEACHER, STUDENT, tau(1.0)))
+
+
+def test_the_mean_over_classes_is_the_sum_divided_by_their_number() -> None:
+    torch.testing.assert_close(
+        made(reduction="mean")(STUDENT, TEACHER, tau(4.0)) * 4, made()(STUDENT, TEACHER, tau(4.0))
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"divergence": "kl"}, "divergence: found 'kl', expected one of forward_kl, reverse_kl"),
+        ({"reduction": "batchmean"}, "reduction: found 'batchmean', expected one of sum, mean"),
+        ({"beta": 0.5}, "beta: `divergence: forward_kl` does not read it, only jsd"),
+        ({"divergence": "jsd", "alpha": 0.1}, "alpha: `divergence: jsd` does not read it, only skew_kl and"),
+        ({"divergence": "jsd", "beta": 1.5}, r"beta: found 1.5, expected a share from 0 to 1"),
+        ({"divergence": "skew_kl", "alpha": 1.0}, r"alpha: found 1.0, expected a share from 0 to 0.99"),
+    ],
+)
+def test_a_wrong_option_of_soft_targets_is_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(kdx.ConfigError, match=message):
+        made(**options)
+
+
+def test_the_teachers_logits_are_shrunken_by_the_annealing_factor() -> None:
+    loss = AnnealedRegression(AnnealedRegression.Config(highest=5.0), kdx.Given())
+    for temperature, factor in ((1.0, 1.0), (3.0, 0.6), (5.0, 0.2)):
+        value = loss(STUDENT, TEACHER, tau(temperature))
+        torch.testing.assert_close(value, (STUDENT - factor * TEACHER).square().mean(1))
+
+
+def test_multi_label_losses_have_their_golden_values() -> None:
+    assert soft_binary_cross_entropy(STUDENT, TEACHER, tau(1.0)).mean().item() == pytest.approx(0.6127506480, abs=1e-9)
+    assert binary_divergence(STUDENT, TEACHER, tau(1.0)).mean().item() == pytest.approx(0.2198515681, abs=1e-9)
+
+
+def test_the_binary_cross_entropy_of_a_perfect_student_has_no_gradient() -> None:
+    student = TEACHER.clone().requires_grad_()
+    soft_binary_cross_entropy(student, TEACHER, tau(1.0)).sum().backward()
+    torch.testing.assert_close(student.grad, torch.zeros_like(student))
+
+
+def test_the_two_multi_label_forms_have_gradients_that_differ_by_the_number_of_classes() -> None:
+    gradients = []
+    for form in ("bce", "binary_kl"):
+        student = STUDENT.clone().requires_grad_()
+        MultiLabel(MultiLabel.Config(form=form), kdx.Given())(student, TEACHER, tau(1.0)).sum().backward()
+        gradients.append(student.grad)
+    torch.testing.assert_close(gradients[0] * 4, gradients[1])
+
+
+def test_wrong_options_of_the_others_are_refused() -> None:
+    with pytest.raises(kdx.ConfigError, match=r"highest: found 0\.5, expected a temperature of at least 1"):
+        AnnealedRegression(AnnealedRegression.Config(highest=0.5), kdx.Given())
+    with pytest.raises(kdx.ConfigError, match="form: found 'kl', expected one of bce, binary_kl"):
+        MultiLabel(MultiLabel.Config(form="kl"), kdx.Given())
+
+
 def test_logit_losses_keep_the_contract() -> None:
     check_loss(SoftTargets, zero_at_equality=True)
     check_loss(SoftTargets, zero_at_equality=True, temperature=1.0)
     check_loss(SoftTargets, shapes={"student": (5, 3, 3), "teacher": (5, 3, 3)}, zero_at_equality=True)
     check_loss(LogitRegression, zero_at_equality=True)
     check_loss(LogitRegression, zero_at_equality=True, centre=True)
+    for divergence in DIVERGENCES:
+        check_loss(SoftTargets, zero_at_equality=True, divergence=divergence)
+    check_loss(SoftTargets, zero_at_equality=True, reduction="mean")
+    check_loss(AnnealedRegression, zero_at_equality=True)
+    check_loss(AnnealedRegression, temperature=4.0)
+    check_loss(MultiLabel)
+    check_loss(MultiLabel, form="binary_kl", zero_at_equality=True, temperature=2.0)

@@ -80,8 +80,10 @@ def test_a_teacher_without_a_vector_for_its_classifier_is_refused() -> None:
 
 @pytest.mark.parametrize(("source", "wanted"), [(3, 7), (7, 3), (4, 4)])
 def test_the_projector_is_orthogonal_after_every_step(source: int, wanted: int) -> None:
-    projector = OrthogonalProjector(source, wanted)
-    optimizer = torch.optim.SGD(projector.parameters(), lr=1.0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        projector = OrthogonalProjector(source, wanted)
+    optimizer = torch.optim.SGD(projector.parameters(), lr=0.1)
     x, y = normal(0, 9, source), normal(1, 9, wanted)
     values = []
     for _ in range(5):

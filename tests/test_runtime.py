@@ -10,7 +10,7 @@ from torch import nn
 
 from kdx.errors import ConfigError
 from kdx.runtime import Runtime, Stopwatch, pick_device, pick_precision
-from kdx.spec import RuntimeOptions
+from kdx.sections import RuntimeOptions
 
 CPU = RuntimeOptions(device="cpu", precision="fp32")
 
