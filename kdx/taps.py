@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from kdx import heads
@@ -103,7 +104,7 @@ class _Captured:
         if self.versions is not None:
             self.versions.setdefault(name, []).append(value._version)
         self.tensors[name] = value.clone() if name in self.cloned else value
-        if len(self.tensors) == self.stop_at:
+        if len(self.tensors) == self.stop_at and not torch.compiler.is_exporting():  # which follows calls to their end
             raise _Stop
 
 
