@@ -126,13 +126,13 @@ def execute(calls: Sequence[Call], values: Values) -> None:
         call.run(values)
 
 
-def weighted(calls: Iterable[NodeCall], values: Values) -> Tensor:
-    """The sum of the terms, each times its weight and averaged over the batch; 0-d."""
-    parts: list[Tensor] = []
+def weighted(calls: Iterable[NodeCall], values: Values) -> dict[str, Tensor]:
+    """Each loss -> its term times its weight, averaged over the batch; 0-d."""
+    parts: dict[str, Tensor] = {}
     for call in calls:
         part: Tensor = values[call.weight] * values[call.gives[0]]
-        parts.append(part.mean() if part.ndim else part)
-    return torch.stack(parts).sum() if len(parts) > 1 else parts[0]
+        parts[call.name.removeprefix("losses.")] = part.mean() if part.ndim else part
+    return parts
 
 
 def _keys(arguments: Iterable[Key | tuple[Key, ...] | None]) -> Iterable[Key]:

@@ -294,7 +294,8 @@ class Metric(Component, ABC):
 
 
 class Updater(Component, ABC):
-    """Turns terms into a change of the weights. The default one adds the terms up; others merge gradients.
+    """Turns terms into a change of the weights. The default one follows `losses.total`; others merge the gradients of
+    `losses.parts`.
 
     `backward` is called once per micro-batch with `share`, the micro-batch's part of the whole batch; `step` once per
     update. Both go through `engine`, which knows precision and process groups.

@@ -43,19 +43,24 @@ def load_mapping(
 def overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> Mapped:
     """Lay one config over another: null removes, a changed `use` or `extends` starts the node afresh, all else merges.
 
-    Lists are replaced. Neither argument is changed.
+    Lists are replaced. Neither argument is changed. Within a run that `extends` a file, null stays as it is: what it
+    removes is in that file, which is laid below later.
     """
+    return _lay(below, above, unread=False)
+
+
+def _lay(below: Mapping[str, Any], above: Mapping[str, Any], *, unread: bool) -> Mapped:
     result: Mapped = dict(below)
     for key, value in above.items():
         under = result.get(key)
-        if value is None:
+        if value is None and not unread:
             result.pop(key, None)
         elif not isinstance(value, Mapping):
             result[key] = copy.deepcopy(value)
-        elif isinstance(under, Mapping) and all(value.get(at, under.get(at)) == under.get(at) for at in _IDENTITY):
-            result[key] = overlay(under, value)
         else:
-            result[key] = overlay({}, value)
+            same = isinstance(under, Mapping) and all(value.get(at, under.get(at)) == under.get(at) for at in _IDENTITY)
+            kept = under if same and isinstance(under, Mapping) else {}
+            result[key] = _lay(kept, value, unread=unread or "extends" in kept or "extends" in value)
     return result
 
 

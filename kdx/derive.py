@@ -67,8 +67,9 @@ def read_config(folder: Path, where: str) -> dict[str, Any]:
 def plain_config(spec: RunSpec, models: list[str], splits: Splits) -> dict[str, Any] | None:
     """The config of the same student without teachers; None when this run has no teachers, or the data no labels.
 
-    Losses that need a teacher go, with the nodes that only they need. Samples without a label are dropped, for
-    nothing could be learnt from them, and an epoch keeps its number of updates: both students have the same budget.
+    Losses that need a teacher go, with the nodes that only they need. A single loss that is left has the weight 1, for
+    its weight or schedule balanced it against the teachers; several keep theirs. Samples without a label are dropped,
+    for nothing could be learnt from them, and an epoch keeps its number of updates: both students have the same budget.
     """
     if not any(name != "student" for name in models) or not any(label >= 0 for label in splits.facts.labels):
         return None
@@ -76,6 +77,8 @@ def plain_config(spec: RunSpec, models: list[str], splits: Splits) -> dict[str, 
     losses = {name: value for name, value in spec.config["losses"].items() if f"losses.{name}" not in needy}
     if not losses:
         losses = {"ce": {"use": "cross_entropy"}}
+    if len(losses) == 1:
+        losses = {name: {key: part[key] for key in part if key != "weight"} for name, part in losses.items()}
     config = {key: value for key, value in spec.config.items() if key not in ("teachers", "targets", "align", "losses")}
     config["losses"] = losses
     config["align"] = {name: value for name, value in (spec.config.get("align") or {}).items() if name not in needy}

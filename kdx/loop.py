@@ -135,7 +135,6 @@ def train(session: Session, watchers: Watchers) -> None:
         watchers.step_end(StepReport(session.clock, lr, terms, moved, len(batch["index"])))
         if _epoch_is_due(session, session.spec.train.evaluate):
             validate(session, watchers)
-            session.learner.train()
         if _epoch_is_due(session, session.spec.train.save) or session.step == session.steps or watchers.stop():
             watchers.save(session)
             if watchers.stop():

@@ -110,9 +110,10 @@ class Learner(nn.Module):
         execute(self._calls, values)
         with torch.autocast(next(iter(batch.values())).device.type, enabled=False):
             execute(self._losses, values)
-            total = weighted(self._losses, values)
+            parts = weighted(self._losses, values)
+            total = torch.stack([*parts.values()]).sum()
         terms = {call.name.removeprefix("losses."): values[call.gives[0]].detach() for call in self._losses}
-        return Losses(total, terms, {name: values[key].detach() for name, key in self._knobs.items()})
+        return Losses(total, terms, {name: values[key].detach() for name, key in self._knobs.items()}, parts)
 
     def calibrate(self, batch: Batch, kept: Mapping[Key, Tensor], knobs: Mapping[Key, Tensor]) -> None:
         """Hand one batch to the nodes that want to see data before training."""

@@ -46,6 +46,8 @@ from kdx.types import Batch, RunInfo
 from kdx.views import Viewed, with_views
 
 CHECKPOINT = "checkpoint"
+PLACE = ("device", "workers", "threads", "eval_batch")
+"""What of `runtime` changes no number, and is handed down to the runs that a run needs."""
 BEST = "best.safetensors"
 
 
@@ -129,9 +131,13 @@ def prepare(
 
 
 def _prepare_need(run: Mapping[str, Any], spec: RunSpec, options: Options) -> Prepared:
-    """A run that a model comes from. Data handed in from Python is its data too if its config says `use: tensors`."""
+    """A run that a model comes from. Data handed in from Python is its data too if its config says `use: tensors`; it
+    computes where this run does, unless its own config says otherwise.
+    """
     data = options.data if (run.get("data") or {}).get("use") == "tensors" else None
-    return prepare({**run, "out": spec.root.out, "baseline": False}, replace(options, networks={}, data=data))
+    place = {name: value for name in PLACE if (value := getattr(spec.runtime, name)) is not None}
+    config = {**run, "out": spec.root.out, "baseline": False, "runtime": {**place, **(run.get("runtime") or {})}}
+    return prepare(config, replace(options, networks={}, data=data))
 
 
 def build_plan(prepared: Prepared, options: Options, *, trained: bool, device: torch.device | None = None) -> Plan:
@@ -296,7 +302,7 @@ def _train(prepared: Prepared, options: Options) -> Result:
 def watching(registry: Registry, *watchers: object) -> Iterator[None]:
     """Register watchers of one run for the length of the block."""
     for watcher in watchers:
-        registry.manager.register(watcher)
+        registry.manager.register(watcher, name=f"kdx {type(watcher).__name__}")
     try:
         yield
     finally:

@@ -71,14 +71,16 @@ class Clock:
 
 @dataclass(frozen=True)
 class Losses:
-    """The terms of one forward pass, unweighted, and `total`, their weighted sum, which alone has a graph.
+    """What one forward pass of the learner gives. `total` and `parts` have a graph, the rest is for reports.
 
-    A term is 0-d or `[B]`; `knobs` holds those that were read from nodes, by config path.
+    `parts` maps each loss to its term times its weight, averaged over the batch (0-d); their sum is `total`. `terms`
+    are unweighted, 0-d or `[B]`; `knobs` holds those that were read from nodes, by config path.
     """
 
     total: Tensor
     terms: Mapping[str, Tensor]
     knobs: Mapping[str, Tensor] = field(default_factory=dict)
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,10 @@ def with_views(source: Dataset, views: Mapping[str, Mapping[str, Any]]) -> Datas
 
     Raises `ConfigError` for options that data handed over in Python does not have.
     """
-    return Viewed(source, {name: _view(source, name, options) for name, options in views.items()}) if views else source
+    if not views:
+        return source
+    source.facts()  # what is read for it is shared with the views
+    return Viewed(source, {name: _view(source, name, options) for name, options in views.items()})
 
 
 def _view(source: Dataset, name: str, options: Mapping[str, Any]) -> Dataset:

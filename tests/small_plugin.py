@@ -42,6 +42,7 @@ class Halves(kdx.Dataset):
     """The images of `made_images`; training ones are flipped top to bottom at random."""
 
     name = "halves"
+    view_options = ("flip",)
 
     @dataclass(frozen=True)
     class Config:

@@ -50,6 +50,11 @@ DISTIL = overlay(
 )
 """The same student with a teacher that has its first weights, an aligner and a schedule."""
 TEACHER = overlay(PLAIN, {"name": "wide", "student": {"width": 8}, "train": {"updates": 3}})
+CASCADE = overlay(
+    overlay(DISTIL, {"teachers": None}),
+    {"teachers": {"wide": {"run": TEACHER, "taps": {"mid": "second"}}}, "baseline": True},
+)
+"""The same student of a teacher that is a run, and a plain student."""
 STATEFUL = overlay(
     DISTIL,
     {

@@ -8,16 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from small_run import DISTIL, PLAIN, TEACHER, config_of, folders, lines_of, write_config
+from small_run import CASCADE, PLAIN, TEACHER, folders, lines_of, write_config
 
 import kdx
 from kdx.cli import main
 from kdx.config import overlay
-
-CASCADE = config_of(
-    overlay(DISTIL, {"teachers": None}),
-    {"teachers": {"wide": {"run": TEACHER, "taps": {"mid": "second"}}}, "baseline": True},
-)
 
 
 @pytest.fixture(autouse=True)

@@ -91,6 +91,14 @@ def test_null_removes_a_key() -> None:
     assert overlay({"a": 1, "b": {"c": 2, "d": 3}}, {"a": None, "b": {"c": None}}) == {"b": {"d": 3}}
 
 
+def test_null_removes_a_key_of_the_file_that_a_run_extends(tmp_path: Path) -> None:
+    write(tmp_path / "teacher.yaml", "train: {epochs: 3, lr: 0.1}\nlosses: {ce: {use: cross_entropy}}\n")
+    top = write(tmp_path / "top.yaml", "teachers: {big: {run: teacher.yaml}}\n")
+    changed = load(top, ["teachers.big.run.train.epochs=null", "teachers.big.run.train.updates=2"])
+    run = load_mapping(changed["teachers"]["big"]["run"])
+    assert run["train"] == {"updates": 2, "lr": 0.1}
+
+
 def test_null_removes_a_key_that_is_not_there() -> None:
     assert overlay({"a": 1}, {"b": None, "c": {"d": None}}) == {"a": 1, "c": {}}
 

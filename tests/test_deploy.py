@@ -9,13 +9,18 @@ from typing import Any
 import pytest
 import torch
 from small_plugin import SmallNet, made_images
-from small_run import DISTIL, PLUGIN, Seen, config_of, run_in, session_of
+from small_run import DISTIL, PLUGIN, Seen, config_of, quiet, run_in, session_of, weights_of
 from torch import Tensor, nn
 from toy_plugin import TinyNet
 
 import kdx
+from kdx.builtin.images import FashionMnist
 from kdx.components import Network
+from kdx.config import load_mapping
 from kdx.deploy import Extended
+from kdx.loop import make_session
+from kdx.runs import Stopped, build_plan, carry_out, prepare
+from kdx.runtime import Runtime
 from kdx.student import load_student
 from kdx.taps import Tap
 from kdx.tiny import tiny_run
@@ -77,6 +82,17 @@ def test_the_deployed_student_shares_its_weights_with_what_is_trained() -> None:
     torch.testing.assert_close(logits_of(session.deployed), expected)
 
 
+def test_a_borrowed_part_of_the_student_is_the_one_that_is_trained() -> None:
+    losses = {"own": {"use": "blend"}, "ce": {"use": "cross_entropy"}}
+    found = prepare(load_mapping(config_of(OWN, {"losses": losses})), quiet())
+    plan = build_plan(found, quiet(), trained=True)
+    session = make_session(found.spec, plan, found.dataset, found.splits, Runtime(found.spec.runtime))
+    before = copy.deepcopy(session.deployed.parts["head"].weight)
+    Seen(session)
+    assert session.deployed.parts["head"] is plan.student.network.net.head
+    assert not torch.equal(session.deployed.parts["head"].weight, before)
+
+
 def test_an_average_is_taken_of_all_that_is_deployed() -> None:
     session = session_of(REUSE, {"train": {"ema": 0.5, "updates": 2}})
     assert session.average is not None
@@ -123,7 +139,9 @@ def test_the_plan_says_what_is_deployed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ema", [None, 0.9])
 def test_a_loaded_simkd_student_has_the_accuracy_that_the_run_found(tmp_path: Path, ema: float | None) -> None:
     found = tiny_run(tmp_path, losses={"ce": None, "simkd": {"use": "simkd"}}, train={"ema": ema, "updates": 3})
-    images = kdx.tiny._images()["test"]
+    source = FashionMnist(FashionMnist.Config()).test()
+    assert source is not None
+    images = source.fetch(range(40, 80))  # those of a tiny run
     for student in (load_student(found.folder), found.student()):
         with torch.no_grad():
             logits = student(images["image"].float() / 255)
@@ -175,6 +193,31 @@ def test_a_part_of_a_teacher_that_reads_another_stream_comes_back(tmp_path: Path
     with torch.no_grad():
         logits = student(split(24, 2)["image"])
     assert found.metrics["cross_entropy"] == pytest.approx(cross_entropy(logits), rel=1e-5)
+
+
+def test_a_stopped_run_goes_on_to_the_same_student(tmp_path: Path) -> None:
+    config = config_of(REUSE, {"train": {"ema": 0.9}})
+    straight = run_in(tmp_path / "straight", config)
+    asked = 0
+
+    def stop() -> bool:
+        nonlocal asked
+        asked += 1
+        return asked >= 2
+
+    found = prepare(load_mapping({**config, "out": str(tmp_path / "stopped")}), quiet())
+    with pytest.raises(Stopped):
+        carry_out(found, quiet(stop=stop))
+    carry_out(found, quiet())
+    one, two = weights_of(straight.folder), weights_of(found.folder)
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_deployed_student_can_be_exported(tmp_path: Path) -> None:
+    student = run_in(tmp_path, REUSE, {"train": {"updates": 1}}).student()
+    exported = torch.export.export(student, (TEST["image"],)).module()
+    torch.testing.assert_close(exported(TEST["image"]), logits_of(student))
 
 
 # --- what is refused

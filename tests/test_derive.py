@@ -7,17 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from small_run import DISTIL, PLAIN, TEACHER, config_of, prepared, quiet, run_in
+from small_run import CASCADE, DISTIL, PLAIN, TEACHER, config_of, prepared, quiet, run_in
 
 from kdx.config import overlay
 from kdx.errors import ConfigError
 from kdx.plan import Plan
 from kdx.runs import Prepared, build_plan
-
-CASCADE = config_of(
-    overlay(DISTIL, {"teachers": None}),
-    {"teachers": {"wide": {"run": TEACHER, "taps": {"mid": "second"}}}, "baseline": True},
-)
 
 
 def plan_of(found: Prepared) -> Plan:
@@ -127,6 +122,14 @@ def test_the_plain_student_keeps_losses_that_need_no_teacher() -> None:
     assert list(plain_of().spec.losses) == ["ce"]
     assert plain.spec.teachers == {} == plain.spec.targets == plain.spec.align
     assert [call.name for call in plan_of(plain).calls] == ["student", "losses.ce", "losses.own"]
+
+
+@pytest.mark.parametrize("weight", [0.1, {"use": "linear", "start": 0.0, "end": 1.0}])
+def test_the_only_loss_of_the_plain_student_counts_in_full(weight: Any) -> None:
+    whole = prepared(DISTIL, {"losses": {"ce": {"weight": weight}}})
+    assert whole.spec.losses["ce"].knobs["weight"] != 1.0
+    plain = plain_of({"losses": {"ce": {"weight": weight}}})
+    assert {name: node.knobs["weight"] for name, node in plain.spec.losses.items()} == {"ce": 1.0}
 
 
 def test_a_student_that_learns_from_teachers_alone_has_a_plain_one_that_learns_from_labels() -> None:

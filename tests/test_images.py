@@ -510,7 +510,8 @@ def test_augmentation_of_a_sample_does_not_depend_on_its_company(name: str) -> N
     alone = augment(images[10:14], randomness(4, first=10))
     assert together.shape == images.shape
     torch.testing.assert_close(together[10:14], alone)
-    assert not torch.equal(augment(images, randomness(view=1)), together)
+    is_the_same = torch.equal(augment(images, randomness(view=1)), together)
+    assert is_the_same == (name == "rotate")  # which draws nothing
     assert together.min() >= 0
     assert together.max() <= 1
 

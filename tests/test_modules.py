@@ -100,6 +100,22 @@ def test_terms_are_those_of_the_losses_and_the_total_is_their_weighted_sum() -> 
     assert not any(term.requires_grad for term in losses.terms.values())
 
 
+def test_the_gradients_of_the_parts_add_up_to_that_of_the_total() -> None:
+    session = session_of(DISTIL)
+    batch, knobs = batch_of(), session.knobs.at(session.clock)
+    losses = session.learner(batch, session.teachers(batch, knobs), knobs)
+    weights = [*session.learner.student.parameters()]
+    whole = torch.autograd.grad(losses.total, weights, retain_graph=True)
+    parts = [
+        torch.autograd.grad(part, weights, retain_graph=True, allow_unused=True, materialize_grads=True)
+        for part in losses.parts.values()
+    ]
+    assert list(losses.parts) == ["ce", "kd", "hint"]
+    assert all(any(gradient.any() for gradient in gradients) for gradients in parts)
+    for expected, *found in zip(whole, *parts, strict=True):
+        torch.testing.assert_close(torch.stack(found).sum(0), expected, rtol=1e-4, atol=1e-6)
+
+
 def test_losses_are_computed_in_float32_when_networks_run_in_bf16() -> None:
     session = session_of(DISTIL, {"runtime": {"precision": "bf16"}})
     batch, knobs = batch_of(), session.knobs.at(session.clock)

@@ -57,7 +57,7 @@ def test_soft_targets_at_a_high_temperature_are_half_of_centred_regression() -> 
     assert soft_targets(STUDENT, TEACHER, tau(1000.0)).mean().item() == pytest.approx(0.2591377, abs=1e-7)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=25)
 @given(seed=st.integers(0, 1000), temperature=st.floats(0.5, 20))
 def test_the_gradient_of_soft_targets_is_tau_times_the_difference(seed: int, temperature: float) -> None:
     student, teacher = normal(seed, 4, 6).requires_grad_(), normal(seed + 1, 4, 6)
@@ -66,7 +66,7 @@ def test_the_gradient_of_soft_targets_is_tau_times_the_difference(seed: int, tem
     torch.testing.assert_close(student.grad, temperature * (p[0] - p[1]) / 4)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=25)
 @given(seed=st.integers(0, 1000), shift=st.floats(-50, 50))
 def test_a_constant_added_to_a_row_changes_nothing(seed: int, shift: float) -> None:
     student, teacher = normal(seed, 4, 6), normal(seed + 1, 4, 6)
@@ -122,7 +122,7 @@ def test_divergences_have_their_golden_values(divergence: str, mix: float, golde
     assert value.item() == pytest.approx(golden, abs=1e-9)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=25)
 @given(seed=st.integers(0, 1000), temperature=st.floats(0.5, 20))
 def test_divergences_are_never_below_zero_and_ignore_shifts_of_a_row(seed: int, temperature: float) -> None:
     student, teacher = normal(seed, 4, 6), normal(seed + 1, 4, 6)

@@ -53,7 +53,7 @@ def test_the_value_of_a_coin_among_four_classes_is_half_way() -> None:
     assert value.item() == pytest.approx(1 + 3 * (1 - math.log(2) / math.log(4)), abs=1e-9)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=25)
 @given(seed=st.integers(0, 1000), scale=st.floats(0, 100), shift=st.floats(-10, 10))
 def test_it_stays_between_its_knobs_and_ignores_a_shift(seed: int, scale: float, shift: float) -> None:
     logits = scale * torch.randn(4, 7, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -83,7 +83,7 @@ def test_soft_targets_of_standardised_logits_have_their_golden_value() -> None:
     assert value.item() == pytest.approx(0.1694090374, abs=1e-9)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=25)
 @given(seed=st.integers(0, 1000), scale=st.floats(0.1, 100), shift=st.floats(-50, 50))
 def test_scale_and_origin_of_a_row_do_not_count_once_logits_are_standardised(
     seed: int, scale: float, shift: float

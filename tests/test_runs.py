@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import io
-import os
-import random
-import signal
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +14,11 @@ import torch
 from rich.console import Console
 from small_plugin import made_images
 from small_run import (
+    CASCADE,
     DISTIL,
     PLAIN,
     STATEFUL,
     TEACHER,
-    Command,
     config_of,
     folders,
     lines_of,
@@ -30,34 +26,13 @@ from small_run import (
     quiet,
     run_in,
     weights_of,
-    write_config,
 )
 from torch import nn
 
 import kdx
 from kdx.config import load, overlay
 from kdx.result import read_result
-from kdx.runs import Options, Stopped, build_plan, carry_out, family, prepare
-
-NO_TEACHER = overlay(DISTIL, {"teachers": None})
-CASCADE = config_of(NO_TEACHER, {"teachers": {"wide": {"run": TEACHER, "taps": {"mid": "second"}}}, "baseline": True})
-"""A student of a teacher that is a run, and a plain student."""
-LONG = config_of(
-    STATEFUL, {"train": {"updates": 150, "steps_per_epoch": 10}, "runtime": {"threads": 1}, "name": "long"}
-)
-"""Long enough to be killed at any moment."""
-
-
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-def same_weights(one: Path, other: Path) -> bool:
-    first, second = weights_of(one), weights_of(other)
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+from kdx.runs import Options, build_plan, carry_out, family, prepare
 
 
 def touched(folder: Path) -> dict[str, tuple[int, bytes]]:
@@ -139,6 +114,14 @@ def test_a_teacher_that_two_models_come_from_is_trained_once_even_when_fresh(tmp
     assert folders(tmp_path) == ["distilled", "distilled", "wide"]
 
 
+def test_a_teachers_run_computes_where_the_students_does_unless_it_says_otherwise() -> None:
+    layer = {"runtime": {"eval_batch": 7, "workers": 1}, "teachers": {"wide": {"run": {"runtime": {"workers": 2}}}}}
+    there, here = prepared(CASCADE), prepared(CASCADE, layer)
+    need = here.needs["wide"]
+    assert (need.spec.runtime.eval_batch, need.spec.runtime.workers) == (7, 2)
+    assert need.hash == there.needs["wide"].hash
+
+
 def test_two_teachers_whose_runs_differ_in_name_alone_are_both_trained() -> None:
     twin = {"teachers": {"twin": {"run": overlay(TEACHER, {"name": "twin"})}},
             "losses": {"kd": {"inputs": {"teacher": "wide.logits"}},
@@ -207,115 +190,6 @@ def test_a_run_whose_end_is_damaged_is_concluded_again_without_training(tmp_path
     assert (again.result.best, again.result.last) == (first.result.best, first.result.last)
 
 
-# --- stopped, killed, damaged
-
-
-def stops_after(updates: int) -> Any:
-    asked = iter(range(10**6))
-    return lambda: next(asked) >= updates
-
-
-def stop(runs: Path, updates: int, *layers: dict[str, Any]) -> Path:
-    """Run until some updates are done; the folder of the half-finished run."""
-    found = prepared(*layers, {"out": str(runs)})
-    with pytest.raises(Stopped, match="start it again to go on"):
-        carry_out(found, quiet(stop=stops_after(updates)))
-    assert not (found.folder / "result.json").exists()
-    return found.folder
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    before = torch.get_num_threads()
-    folder = run_in(tmp_path_factory.mktemp("undisturbed"), LONG).folder
-    torch.set_num_threads(before)
-    return folder
-
-
-def assert_same_run(folder: Path, undisturbed: Path) -> None:
-    assert same_weights(folder, undisturbed)
-    assert (folder / "metrics.jsonl").read_bytes() == (undisturbed / "metrics.jsonl").read_bytes()
-    found, expected = read_result(folder), read_result(undisturbed)
-    assert (found.best, found.last, found.confusion) == (expected.best, expected.last, expected.confusion)
-
-
-@pytest.mark.slow
-def test_a_run_that_was_stopped_twice_goes_on_to_the_same_end(tmp_path: Path, undisturbed: Path) -> None:
-    folder = stop(tmp_path, 7, LONG)
-    at = torch.load(folder / "checkpoint" / "last.pt", weights_only=True)["step"]
-    stop(tmp_path, 33, LONG)
-    later = torch.load(folder / "checkpoint" / "last.pt", weights_only=True)["step"]
-    assert 0 < at < later < 150
-    console = Console(file=io.StringIO(), width=200)
-    carry_out(prepared(LONG, {"out": str(tmp_path)}), Options(console=console))
-    assert f"goes on after update {later} of 150" in console.file.getvalue()  # type: ignore[attr-defined]
-    assert_same_run(folder, undisturbed)
-
-
-def wait_for(path: Path, command: Command, *, lines: int = 0) -> None:
-    end = time.monotonic() + 60
-    while not path.exists() or (lines and path.read_bytes().count(b"\n") < lines):
-        assert time.monotonic() < end
-        assert command.process.is_alive(), command.output.read_text()
-        time.sleep(0.002)
-
-
-@pytest.mark.slow
-def test_a_run_that_was_killed_goes_on_to_the_same_end(tmp_path: Path, undisturbed: Path) -> None:
-    config = write_config(tmp_path / "long.yaml", LONG, {"out": str(tmp_path / "runs")})
-    command = Command("run", str(config), "--quiet", folder=tmp_path)
-    folder = prepared(LONG, {"out": str(tmp_path / "runs")}).folder
-    wait_for(folder / "metrics.jsonl", command, lines=random.randrange(80))
-    time.sleep(random.uniform(0.0, 0.05))
-    command.process.kill()
-    assert command.wait() == -signal.SIGKILL, "it was finished before it was killed"
-    assert not (folder / "result.json").exists()
-    carry_out(prepared(LONG, {"out": str(tmp_path / "runs")}), quiet())
-    assert_same_run(folder, undisturbed)
-
-
-@pytest.mark.slow
-def test_a_signal_stops_after_the_update_and_the_run_goes_on_later(tmp_path: Path, undisturbed: Path) -> None:
-    config = write_config(tmp_path / "long.yaml", LONG, {"out": str(tmp_path / "runs")})
-    command = Command("run", str(config), "--debug", folder=tmp_path)
-    folder = prepared(LONG, {"out": str(tmp_path / "runs")}).folder
-    wait_for(folder / "checkpoint" / "last.pt", command)
-    assert command.process.pid is not None
-    os.kill(command.process.pid, signal.SIGTERM)
-    assert command.wait() == 75, command.output.read_text()
-    text = command.output.read_text()
-    assert "stopping after this update" in text
-    assert "start it again to go on" in text
-    assert "Traceback" not in text
-    carry_out(prepared(LONG, {"out": str(tmp_path / "runs")}), quiet())
-    assert_same_run(folder, undisturbed)
-
-
-def test_a_stop_while_a_teacher_trains_ends_the_whole_run(tmp_path: Path) -> None:
-    found = prepared(CASCADE, {"out": str(tmp_path)})
-    with pytest.raises(Stopped, match=r"wide-.*: stopped after update"):
-        carry_out(found, quiet(stop=stops_after(1)))
-    assert folders(tmp_path) == ["wide"]
-
-
-def test_a_torn_last_state_is_passed_over_and_the_end_is_the_same(tmp_path: Path, undisturbed: Path) -> None:
-    folder = stop(tmp_path, 70, LONG)
-    last = folder / "checkpoint" / "last.pt"
-    last.write_bytes(last.read_bytes()[:-100])
-    with pytest.warns(UserWarning, match=r"last\.pt is not usable: .*; going on from previous\.pt"):
-        carry_out(prepared(LONG, {"out": str(tmp_path)}), quiet())
-    assert_same_run(folder, undisturbed)
-
-
-def test_two_torn_states_are_an_error_that_says_how_to_start_again(tmp_path: Path) -> None:
-    folder = stop(tmp_path, 4, PLAIN)
-    for name in ("last.pt", "previous.pt"):
-        path = folder / "checkpoint" / name
-        path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(kdx.CheckpointError, match=r"last\.pt is not usable.*previous\.pt is not usable.*--fresh"):
-        carry_out(prepared(PLAIN, {"out": str(tmp_path)}), quiet())
-
-
 # --- refused
 
 
@@ -363,20 +237,6 @@ def test_a_place_for_runs_that_cannot_be_written_is_a_message(tmp_path: Path) ->
 
 
 # --- two at once
-
-
-@pytest.mark.slow
-def test_two_processes_with_one_run_train_it_once(tmp_path: Path) -> None:
-    config = write_config(tmp_path / "long.yaml", LONG, {"out": str(tmp_path / "runs"), "train": {"updates": 30}})
-    commands = []
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        commands.append(Command("run", str(config), folder=tmp_path / name))
-    assert [command.wait() for command in commands] == [0, 0]
-    texts = [command.output.read_text() for command in commands]
-    assert sum("finished before, taken as it is" in text for text in texts) == 1
-    assert sum("another process works on it; waiting" in text for text in texts) == 1
-    assert sum("long: epoch 3/3" in text for text in texts) == 1
 
 
 def test_a_run_waits_for_the_one_that_holds_its_lock(tmp_path: Path) -> None:

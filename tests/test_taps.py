@@ -197,7 +197,15 @@ def test_a_pattern_may_stand_for_the_one_module_that_it_fits() -> None:
     ("tap", "message"),
     [
         (Tap("layr3"), "student.taps.a: ResNet has no module 'layr3'; did you mean 'layer3'?"),
-        (Tap("layer?"), "student.taps.a: 'layer?' fits 4 modules (layer1, layer2, layer3, layer4 ...); expected one"),
+        (
+            Tap("layer?"),
+            "student.taps.a: 'layer?' fits 4 modules (layer1, layer2, layer3, layer4 ...); expected one: "
+            "write its path, as in layer1, and give each further module a tap of its own",
+        ),
+        (
+            Tap("layer3.*.act?"),
+            "student.taps.a: 'layer3.*.act?' fits 2 modules (layer3.0.act1, layer3.0.act2 ...); exp",
+        ),
         (Tap(7), "student.taps.a: found stage 7, but ResNet has stages 0 to 4"),
         (Tap(-6), "student.taps.a: found stage -6, but ResNet has stages 0 to 4"),
     ],

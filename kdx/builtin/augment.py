@@ -130,12 +130,36 @@ class BrightnessContrast(Augmentation):
         return (images * (1 + self.brightness * draw[:, 1])).clamp(0, 1)
 
 
+@dataclass(frozen=True)
+class Rotate(Augmentation):
+    """Turns every image by `degrees` against the clock, always; what comes in from outside is 0.
+
+    Multiples of 90 move whole pixels of a square image.
+    """
+
+    degrees: float = 90.0
+
+    def __post_init__(self) -> None:
+        _within("degrees", self.degrees, -360, 360)
+
+    def __call__(self, images: Tensor, randomness: Randomness) -> Tensor:
+        B, _, H, W = images.shape
+        quarters, rest = divmod(self.degrees, 90)
+        if not rest and (H == W or quarters % 2 == 0):
+            return torch.rot90(images, int(quarters), (-2, -1))
+        cos, sin = math.cos(math.radians(self.degrees)), math.sin(math.radians(self.degrees))
+        turn = images.new_tensor([[cos, -sin * H / W, 0], [sin * W / H, cos, 0]]).expand(B, 2, 3)
+        grid = F.affine_grid(turn, list(images.shape), align_corners=False)
+        return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
 AUGMENTATIONS: dict[str, type[Augmentation]] = {
     "flip": Flip,
     "shift": Shift,
     "crop": Crop,
     "erase": Erase,
     "brightness_contrast": BrightnessContrast,
+    "rotate": Rotate,
 }
 
 
