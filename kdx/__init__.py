@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from kdx.api import RunResult as RunResult
     from kdx.api import make as make
     from kdx.api import run as run
+    from kdx.authoring import check_choice as check_choice
+    from kdx.authoring import check_classes as check_classes
+    from kdx.authoring import over_labelled as over_labelled
+    from kdx.authoring import pool_to_smaller as pool_to_smaller
     from kdx.components import OPTIONAL as OPTIONAL
     from kdx.components import REQUIRED as REQUIRED
     from kdx.components import Aligner as Aligner
@@ -54,6 +58,7 @@ __version__ = "0.1.0"
 
 _NAMES = {
     "kdx.api": ("RunResult", "make", "run"),
+    "kdx.authoring": ("check_choice", "check_classes", "over_labelled", "pool_to_smaller"),
     "kdx.components": (
         "OPTIONAL", "REQUIRED", "Aligner", "Dataset", "Engine", "Given", "Knob", "Loss", "Many", "Metric", "Model",
         "Network", "Node", "Schedule", "Split", "Target", "Updater", "hookimpl", "per_sample",

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, get_args, get_origin, get_type_hints
 
 from kdx.errors import CheckpointError, did_you_mean
+from kdx.files import write_text
 from kdx.measure import Size
 
 FILE = "result.json"
@@ -128,12 +128,7 @@ def read_result(folder: Path) -> Result:
 def write_result(folder: Path, result: Result) -> Path:
     """Write `result.json` so that a reader finds the old file or the whole new one, even after a power cut."""
     path = folder / FILE
-    new = folder / f"{FILE}.new"
-    with new.open("w", encoding="utf-8") as file:
-        file.write(to_json(result))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(new, path)
+    write_text(path, to_json(result))
     return path
 
 

@@ -36,7 +36,7 @@ def attention_transfer(student: Tensor, teacher: Tensor, *, form: str = "code", 
     `code` is the mean over positions of the squared difference, `paper` the 2-norm. The larger map is average-pooled to
     the smaller one before the power is taken.
     """
-    student, teacher = pool_to_smaller(student, teacher.detach())
+    student, teacher = kdx.pool_to_smaller(student, teacher.detach())
     difference = attention(student, power) - attention(teacher, power)
     return difference.square().mean(1) if form == "code" else difference.norm(dim=1)
 
@@ -95,8 +95,7 @@ class AttentionTransfer(kdx.Loss):
 
     def __init__(self, config: Config, given: kdx.Given) -> None:
         super().__init__(config, given)
-        if config.form not in FORMS:
-            raise kdx.ConfigError(f"form: found {config.form!r}, expected one of {', '.join(FORMS)}")
+        kdx.check_choice("form", config.form, FORMS)
         if not 1 <= config.p < math.inf:
             raise kdx.ConfigError(f"p: found {config.p}, expected a power from 1")
         self.places = Places("at", given)
@@ -116,7 +115,7 @@ def selectivity_transfer(student: Tensor, teacher: Tensor) -> Tensor:
     A channel is its map as a vector of length 1; the kernel of two channels is their squared inner product. The larger
     map is average-pooled to the smaller one.
     """
-    student, teacher = pool_to_smaller(student, teacher.detach())
+    student, teacher = kdx.pool_to_smaller(student, teacher.detach())
     ours, theirs = F.normalize(student.flatten(2), dim=2), F.normalize(teacher.flatten(2), dim=2)
     return _kernel_mean(ours, ours) + _kernel_mean(theirs, theirs) - 2 * _kernel_mean(ours, theirs)
 
@@ -179,13 +178,13 @@ class ChannelDistillation(kdx.Loss):
         self.connector = nn.Identity() if same else nn.Conv2d(student[0], teacher[0], 1)
 
     def forward(self, student: Tensor, teacher: Tensor, temperature: Tensor) -> Tensor:
-        student, teacher = pool_to_smaller(student, teacher)
+        student, teacher = kdx.pool_to_smaller(student, teacher)
         return channel_divergence(self.connector(student), teacher, temperature)
 
 
 def flow(first: Tensor, second: Tensor) -> Tensor:
     """How the channels of two maps [B, C, H, W], [B, D, h, w] of one net go together: mean product, [B, C, D]."""
-    first, second = pool_to_smaller(first, second)
+    first, second = kdx.pool_to_smaller(first, second)
     return first.flatten(2) @ second.flatten(2).transpose(1, 2) / (first.shape[2] * first.shape[3])
 
 
@@ -240,13 +239,6 @@ class SolutionFlow(kdx.Loss):
     def forward(self, student: list[Tensor], teacher: list[Tensor]) -> Tensor:
         projected = [projection(one) for projection, one in zip(self.projections, student, strict=True)]
         return flow_distance(projected, teacher)
-
-
-def pool_to_smaller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Two maps [B, C, H, W], average-pooled to the smaller height and the smaller width of both."""
-    size = (min(a.shape[2], b.shape[2]), min(a.shape[3], b.shape[3]))
-    pooled = [x if tuple(x.shape[2:]) == size else F.adaptive_avg_pool2d(x, size) for x in (a, b)]
-    return pooled[0], pooled[1]
 
 
 def _kernel_mean(a: Tensor, b: Tensor) -> Tensor:

@@ -110,8 +110,7 @@ class MultiLevel(kdx.Loss):
 
     def __init__(self, config: Config, given: kdx.Given) -> None:
         super().__init__(config, given)
-        if config.variant not in VARIANTS:
-            raise kdx.ConfigError(f"variant: found {config.variant!r}, expected one of {', '.join(VARIANTS)}")
+        kdx.check_choice("variant", config.variant, VARIANTS)
         self.temperatures = sorted(float(tau) for tau in config.temperatures)
         if not self.temperatures or not all(0 < tau < math.inf for tau in self.temperatures):
             raise kdx.ConfigError(f"temperatures: found {list(config.temperatures)}, expected numbers above 0")

@@ -60,7 +60,7 @@ class FactorTransfer(kdx.Loss):
 
     def __init__(self, config: Config, given: kdx.Given) -> None:
         super().__init__(config, given)
-        _check_word("form", config.form, FORMS)
+        kdx.check_choice("form", config.form, FORMS)
         if not 0 < config.rate <= 1:
             raise kdx.ConfigError(f"rate: found {config.rate}, expected a share above 0, up to 1")
         student, teacher = given.shape("student"), given.shape("teacher")
@@ -89,7 +89,7 @@ class FactorTransfer(kdx.Loss):
     def forward(self, student: Tensor, teacher: Tensor, factor: Tensor, reconstruction: Tensor) -> Tensor:
         teacher = teacher.detach()
         code: Tensor = self.encoder(teacher)
-        ours, theirs = pool_to_smaller(self.translator(student), code.detach())
+        ours, theirs = kdx.pool_to_smaller(self.translator(student), code.detach())
         value = factor * factor_distance(ours, theirs, self.config.form)
         return value + reconstruction * _mean_square(self.decoder(code) - teacher)
 
@@ -123,7 +123,7 @@ class DiffusionDenoising(kdx.Loss):
 
     def __init__(self, config: Config, given: kdx.Given) -> None:
         super().__init__(config, given)
-        _check_word("match", config.match, MATCHES)
+        kdx.check_choice("match", config.match, MATCHES)
         if not 1 <= config.steps <= TIMES // 2:
             raise kdx.ConfigError(f"steps: found {config.steps}, expected 1 to {TIMES // 2}")
         if config.width is not None and config.width < 1:
@@ -152,7 +152,7 @@ class DiffusionDenoising(kdx.Loss):
         self.register_buffer("kept", kept, persistent=False)
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        ours, theirs = pool_to_smaller(_as_map(student), _as_map(teacher.detach()))
+        ours, theirs = kdx.pool_to_smaller(_as_map(student), _as_map(teacher.detach()))
         hidden, rebuilding = theirs, None
         if self.encoder is not None and self.decoder is not None:
             code = self.encoder(theirs)
@@ -250,13 +250,6 @@ class Residual(nn.Module):
         return changed
 
 
-def pool_to_smaller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Two maps [B, C, H, W], average-pooled to the smaller height and the smaller width of both."""
-    size = (min(a.shape[2], b.shape[2]), min(a.shape[3], b.shape[3]))
-    pooled = [x if tuple(x.shape[2:]) == size else F.adaptive_avg_pool2d(x, size) for x in (a, b)]
-    return pooled[0], pooled[1]
-
-
 def _leaky(layer: nn.Module, norm: int | None = None) -> list[nn.Module]:
     return [layer, *([] if norm is None else [nn.BatchNorm2d(norm)]), nn.LeakyReLU(SLOPE)]
 
@@ -279,11 +272,6 @@ def _mean_square(difference: Tensor) -> Tensor:
 
 def _as_map(feature: Tensor) -> Tensor:
     return feature if feature.ndim == 4 else feature[:, :, None, None]
-
-
-def _check_word(name: str, found: str, choices: tuple[str, ...]) -> None:
-    if found not in choices:
-        raise kdx.ConfigError(f"{name}: found {found!r}, expected one of {', '.join(choices)}")
 
 
 @kdx.hookimpl

@@ -150,8 +150,7 @@ class ContrastiveRepresentation(kdx.Loss):
     def _check(self, config: Config) -> None:
         if not self.size:
             raise kdx.PlanError("crd keeps a memory of the training samples, but the data says not how many there are")
-        if config.mode not in MODES:
-            raise kdx.ConfigError(f"mode: found {config.mode!r}, expected one of {', '.join(MODES)}")
+        kdx.check_choice("mode", config.mode, MODES)
         if config.dim < 1:
             raise kdx.ConfigError(f"dim: found {config.dim}, expected a width from 1")
         if config.negatives is not None and config.negatives < 1:

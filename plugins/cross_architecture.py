@@ -76,8 +76,7 @@ class OneForAll(kdx.Loss):
 
     def __init__(self, config: Config, given: kdx.Given) -> None:
         super().__init__(config, given)
-        if config.head not in HEADS:
-            raise kdx.ConfigError(f"head: found {config.head!r}, expected one of {', '.join(HEADS)}")
+        kdx.check_choice("head", config.head, HEADS)
         if config.width is not None and config.width < 1:
             raise kdx.ConfigError(f"width: found {config.width}, expected at least 1")
         shapes: list[kdx.Shape] = given.shapes["inner"]

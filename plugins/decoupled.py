@@ -82,13 +82,13 @@ class Decoupled(kdx.Loss):
 
     def __init__(self, config: Decoupled.Config, given: kdx.Given) -> None:
         super().__init__(config, given)
-        check_classes("dkd", given, "student")
+        kdx.check_classes("dkd", given, "student")
 
     def forward(
         self, student: Tensor, teacher: Tensor, label: Tensor, temperature: Tensor, alpha: Tensor, beta: Tensor
     ) -> Tensor:
         value = decoupled(student, teacher, label.clamp(min=0), temperature, alpha=alpha, beta=beta)
-        return over_labelled(value, label)
+        return kdx.over_labelled(value, label)
 
 
 def normalised(
@@ -120,10 +120,10 @@ class Normalised(kdx.Loss):
 
     def __init__(self, config: Normalised.Config, given: kdx.Given) -> None:
         super().__init__(config, given)
-        check_classes("nkd", given, "student")
+        kdx.check_classes("nkd", given, "student")
 
     def forward(self, student: Tensor, teacher: Tensor, label: Tensor, temperature: Tensor, gamma: Tensor) -> Tensor:
-        return over_labelled(normalised(student, teacher, label.clamp(min=0), temperature, gamma=gamma), label)
+        return kdx.over_labelled(normalised(student, teacher, label.clamp(min=0), temperature, gamma=gamma), label)
 
 
 def sample_confidence(student: Tensor, teacher: Tensor, label: Tensor, temperature: Tensor) -> Tensor:
@@ -170,7 +170,7 @@ class Refined(kdx.Loss):
 
     def __init__(self, config: Refined.Config, given: kdx.Given) -> None:
         super().__init__(config, given)
-        check_classes("rld", given, "student")
+        kdx.check_classes("rld", given, "student")
 
     def forward(
         self,
@@ -185,7 +185,7 @@ class Refined(kdx.Loss):
         known = label.clamp(min=0)
         first = sample_confidence(student, teacher, known, confidence_temperature)
         rest = masked_correlation(student, teacher, known, temperature)
-        return over_labelled(alpha * first + beta * rest, label)
+        return kdx.over_labelled(alpha * first + beta * rest, label)
 
 
 def region_logits(maps: Tensor, whole: Tensor, head: Callable[[Tensor], Tensor], grids: tuple[int, ...]) -> Tensor:
@@ -244,9 +244,8 @@ class ScaleDecoupled(kdx.Loss):
 
     def __init__(self, config: Config, given: kdx.Given) -> None:
         super().__init__(config, given)
-        check_classes("sdd", given, "student_logits")
-        if config.wraps not in WRAPPED:
-            raise kdx.ConfigError(f"wraps: found {config.wraps!r}, expected one of {', '.join(WRAPPED)}")
+        kdx.check_classes("sdd", given, "student_logits")
+        kdx.check_choice("wraps", config.wraps, WRAPPED)
         for name in ("alpha", "beta", "gamma"):
             value = getattr(config, name)
             if value is not None and name not in WRAPPED[config.wraps]:
@@ -292,7 +291,7 @@ class ScaleDecoupled(kdx.Loss):
         counts = torch.where(is_right == is_right[:, :1], 1.0, 2.0)
         tau = temperature if temperature.ndim == 0 else temperature.repeat_interleave(N)
         values = self._wrapped(ours.flatten(0, 1), theirs.flatten(0, 1), known.repeat_interleave(N), tau)
-        return over_labelled((counts * values.reshape(B, N)).sum(1), label)
+        return kdx.over_labelled((counts * values.reshape(B, N)).sum(1), label)
 
     def _wrapped(self, student: Tensor, teacher: Tensor, label: Tensor, temperature: Tensor) -> Tensor:
         config = self.config
@@ -304,18 +303,6 @@ class ScaleDecoupled(kdx.Loss):
         tau = kdx.per_sample(temperature, student)
         ours, theirs = F.log_softmax(student / tau, dim=1), F.log_softmax(teacher / tau, dim=1)
         return F.kl_div(ours, theirs, reduction="none", log_target=True).sum(1) * temperature.square()
-
-
-def over_labelled(values: Tensor, label: Tensor) -> Tensor:
-    """0 for samples without a label (-1), and the others scaled so that the mean is that over the labelled, [B]."""
-    is_known = label >= 0
-    return torch.where(is_known, values, 0.0) * len(label) / is_known.sum().clamp(min=1)
-
-
-def check_classes(who: str, given: kdx.Given, name: str) -> None:
-    shape = given.shape(name)
-    if len(shape) != 1 or shape[0] < 2:
-        raise kdx.PlanError(f"{who} needs logits of at least two classes [K], but {name} is {list(shape)}")
 
 
 def _or(found: float | None, default: float) -> float:

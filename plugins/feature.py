@@ -82,8 +82,8 @@ class Hint(kdx.Loss):
 
     def __init__(self, config: Config, given: kdx.Given) -> None:
         super().__init__(config, given)
-        _check_word("distance", config.distance, DISTANCES)
-        _check_word("regressor", config.regressor, REGRESSORS)
+        kdx.check_choice("distance", config.distance, DISTANCES)
+        kdx.check_choice("regressor", config.regressor, REGRESSORS)
         student, teacher = given.shape("student"), given.shape("teacher")
         for who, shape in {"student": student, "teacher": teacher}.items():
             if len(shape) != 3:
@@ -101,7 +101,7 @@ class Hint(kdx.Loss):
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         if not self.is_conv:
-            student, teacher = pool_to_smaller(student, teacher)
+            student, teacher = kdx.pool_to_smaller(student, teacher)
         regressed = self.regressor(student)
         return distance(torch.where(self.rectify, regressed.relu(), regressed), teacher, self.config.distance)
 
@@ -142,7 +142,7 @@ class ActivationBoundaries(kdx.Loss):
 
     def __init__(self, config: Config, given: kdx.Given) -> None:
         super().__init__(config, given)
-        _check_word("connector", config.connector, CONNECTORS)
+        kdx.check_choice("connector", config.connector, CONNECTORS)
         self.connectors = nn.ModuleList()
         for student, teacher in map_pairs("ab", given):
             if config.connector == "unequal" and student == teacher:
@@ -155,7 +155,7 @@ class ActivationBoundaries(kdx.Loss):
     def forward(self, student: list[Tensor], teacher: list[Tensor], margin: Tensor) -> Tensor:
         values = []
         for connector, ours, theirs in zip(self.connectors, student, teacher, strict=True):
-            ours, theirs = pool_to_smaller(connector(ours), theirs)
+            ours, theirs = kdx.pool_to_smaller(connector(ours), theirs)
             values.append(activation_boundary(ours, theirs, kdx.per_sample(margin, ours)))
         return _doubling_sum(values)
 
@@ -213,7 +213,7 @@ class Overhaul(kdx.Loss):
     def forward(self, student: list[Tensor], teacher: list[Tensor]) -> Tensor:
         values = []
         for connector, margin, ours, theirs in zip(self.connectors, self.margins, student, teacher, strict=True):
-            ours, theirs = pool_to_smaller(ours, theirs)
+            ours, theirs = kdx.pool_to_smaller(ours, theirs)
             values.append(partial_distance(connector(ours), theirs, margin.get_buffer("level")))
         return _doubling_sum(values)
 
@@ -239,13 +239,6 @@ class Margin(nn.Module):
         deviation = (squares / count - (total / count).square()).clamp(min=0).sqrt()
         often = negative / count > 1e-3
         self.level.copy_(torch.where(often, negative_sum / negative.clamp(min=1), -3 * deviation))
-
-
-def pool_to_smaller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Two maps [B, C, H, W], average-pooled to the smaller height and the smaller width of both."""
-    size = (min(a.shape[2], b.shape[2]), min(a.shape[3], b.shape[3]))
-    pooled = [x if tuple(x.shape[2:]) == size else F.adaptive_avg_pool2d(x, size) for x in (a, b)]
-    return pooled[0], pooled[1]
 
 
 def map_pairs(who: str, given: kdx.Given) -> list[tuple[kdx.Shape, kdx.Shape]]:
@@ -302,11 +295,6 @@ def _is_half(student: kdx.Shape, teacher: kdx.Shape) -> bool:
 def _doubling_sum(values: list[Tensor]) -> Tensor:
     """The last value plus half of the one before it, and so on."""
     return torch.stack([value / 2 ** (len(values) - 1 - place) for place, value in enumerate(values)]).sum(0)
-
-
-def _check_word(name: str, found: str, choices: tuple[str, ...]) -> None:
-    if found not in choices:
-        raise kdx.ConfigError(f"{name}: found {found!r}, expected one of {', '.join(choices)}")
 
 
 @kdx.hookimpl

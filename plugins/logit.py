@@ -120,8 +120,8 @@ class SoftTargets(kdx.Loss):
 
     def __init__(self, config: Config, given: kdx.Given) -> None:
         super().__init__(config, given)
-        _check_word("divergence", config.divergence, tuple(DIVERGENCES))
-        _check_word("reduction", config.reduction, REDUCTIONS)
+        kdx.check_choice("divergence", config.divergence, tuple(DIVERGENCES))
+        kdx.check_choice("reduction", config.reduction, REDUCTIONS)
         _check_share("beta", config.beta, config.divergence, ("jsd",), most=1)
         _check_share("alpha", config.alpha, config.divergence, ("skew_kl", "skew_reverse_kl"), most=0.99)
         if config.divergence == "jsd":
@@ -233,7 +233,7 @@ class MultiLabel(kdx.Loss):
 
     def __init__(self, config: Config, given: kdx.Given) -> None:
         super().__init__(config, given)
-        _check_word("form", config.form, MULTI_LABEL_FORMS)
+        kdx.check_choice("form", config.form, MULTI_LABEL_FORMS)
 
     def forward(self, student: Tensor, teacher: Tensor, temperature: Tensor) -> Tensor:
         value = soft_binary_cross_entropy if self.config.form == "bce" else binary_divergence
@@ -250,11 +250,6 @@ def _log_mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
 def _mean_over_positions(values: Tensor) -> Tensor:
     """[B, ...] -> [B]."""
     return values.flatten(1).mean(1) if values.ndim > 1 else values
-
-
-def _check_word(name: str, found: str, choices: tuple[str, ...]) -> None:
-    if found not in choices:
-        raise kdx.ConfigError(f"{name}: found {found!r}, expected one of {', '.join(choices)}")
 
 
 def _check_share(name: str, found: float | None, divergence: str, readers: tuple[str, ...], *, most: float) -> None:

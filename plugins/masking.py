@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kdx
@@ -38,8 +37,7 @@ class MaskedGeneration(kdx.Loss):
 
     def __init__(self, config: Config, given: kdx.Given) -> None:
         super().__init__(config, given)
-        if config.mask not in MASKS:
-            raise kdx.ConfigError(f"mask: found {config.mask!r}, expected one of {', '.join(MASKS)}")
+        kdx.check_choice("mask", config.mask, MASKS)
         if not 0 <= config.drop < 1:
             raise kdx.ConfigError(f"drop: found {config.drop}, expected a chance from 0 and below 1")
         student, teacher = given.shape("student"), given.shape("teacher")
@@ -49,7 +47,7 @@ class MaskedGeneration(kdx.Loss):
         self.generator = generator(teacher[0])
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        student, teacher = pool_to_smaller(student, teacher.detach())
+        student, teacher = kdx.pool_to_smaller(student, teacher.detach())
         student = self.connector(student)
         size = (*student.shape[:2], 1, 1) if self.config.mask == "channels" else (len(student), 1, *student.shape[2:])
         chance = torch.rand(size, generator=self.given.generator, device=student.device)
@@ -145,13 +143,6 @@ def generator(channels: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(), nn.Conv2d(channels, channels, 3, padding=1)
     )
-
-
-def pool_to_smaller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Two maps [B, C, H, W], average-pooled to the smaller height and the smaller width of both."""
-    size = (min(a.shape[2], b.shape[2]), min(a.shape[3], b.shape[3]))
-    pooled = [x if tuple(x.shape[2:]) == size else F.adaptive_avg_pool2d(x, size) for x in (a, b)]
-    return pooled[0], pooled[1]
 
 
 def _square_sum(difference: Tensor) -> Tensor:

@@ -89,8 +89,7 @@ class CorrelationCongruence(kdx.Loss):
 
     def __init__(self, config: Config, given: kdx.Given) -> None:
         super().__init__(config, given)
-        if config.form not in CC_FORMS:
-            raise kdx.ConfigError(f"form: found {config.form!r}, expected one of {', '.join(CC_FORMS)}")
+        kdx.check_choice("form", config.form, CC_FORMS)
         if config.embed < 0:
             raise kdx.ConfigError(f"embed: found {config.embed}, expected a width, or 0 for no layer")
         if not 0 < config.gamma < math.inf or config.order < 1:

@@ -15,13 +15,6 @@ import kdx
 Head = Callable[[Tensor], Tensor]
 
 
-def to_smaller(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Two maps [B, C, H, W], average-pooled to the smaller height and the smaller width of both."""
-    size = (min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3]))
-    pooled = [x if tuple(x.shape[2:]) == size else F.adaptive_avg_pool2d(x, size) for x in (student, teacher)]
-    return pooled[0], pooled[1]
-
-
 class ReusedClassifier(kdx.Loss):
     """The reused teacher classifier (Chen et al.: SimKD, CVPR 2022), one value per sample, without any label.
 
@@ -66,7 +59,7 @@ class ReusedClassifier(kdx.Loss):
         self.projector = projector(student[0], teacher[0], config.factor, relu=config.relu)
 
     def forward(self, student: Tensor, teacher: Tensor, logits: Tensor, head: Head) -> Tensor:
-        student, teacher = to_smaller(student, teacher.detach())
+        student, teacher = kdx.pool_to_smaller(student, teacher.detach())
         found: Tensor = self.projector(student)
         return (found - teacher).square().mean((1, 2, 3))
 

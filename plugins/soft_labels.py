@@ -85,13 +85,13 @@ class WeightedSoftLabels(kdx.Loss):
 
     def __init__(self, config: WeightedSoftLabels.Config, given: kdx.Given) -> None:
         super().__init__(config, given)
-        check_classes("wsld", given, "student")
+        kdx.check_classes("wsld", given, "student")
 
     def forward(self, student: Tensor, teacher: Tensor, label: Tensor, temperature: Tensor) -> Tensor:
         tau = kdx.per_sample(temperature, student)
         soft = F.cross_entropy(student / tau, (teacher.detach() / tau).softmax(1), reduction="none")
         weight = difficulty(student, teacher, label.clamp(min=0))
-        return over_labelled(weight * soft * temperature.square(), label)
+        return kdx.over_labelled(weight * soft * temperature.square(), label)
 
 
 def asymmetric_targets(teacher: Tensor, label: Tensor, true: Tensor, other: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ class AsymmetricTemperature(kdx.Loss):
 
     def __init__(self, config: AsymmetricTemperature.Config, given: kdx.Given) -> None:
         super().__init__(config, given)
-        check_classes("ats", given, "student")
+        kdx.check_classes("ats", given, "student")
 
     def forward(
         self,
@@ -135,7 +135,7 @@ class AsymmetricTemperature(kdx.Loss):
         wanted = asymmetric_targets(teacher.detach(), label.clamp(min=0), true_temperature, other_temperature)
         ours = F.log_softmax(student / kdx.per_sample(temperature, student), dim=1)
         divergence = F.kl_div(ours, wanted, reduction="none", log_target=True).sum(1)
-        return over_labelled(divergence * temperature.square(), label)
+        return kdx.over_labelled(divergence * temperature.square(), label)
 
 
 def virtual_teacher(label: Tensor, classes: int, correct: float, temperature: Tensor) -> Tensor:
@@ -165,14 +165,14 @@ class TeacherFree(kdx.Loss):
 
     def __init__(self, config: Config, given: kdx.Given) -> None:
         super().__init__(config, given)
-        check_classes("tf_kd", given, "student")
+        kdx.check_classes("tf_kd", given, "student")
         if not 0 < config.correct < 1:
             raise kdx.ConfigError(f"correct: found {config.correct}, expected a probability between 0 and 1")
 
     def forward(self, student: Tensor, label: Tensor, temperature: Tensor) -> Tensor:
         wanted = virtual_teacher(label.clamp(min=0), student.shape[1], self.config.correct, temperature)
         divergence = F.kl_div(F.log_softmax(student, dim=1), wanted, reduction="none", log_target=True).mean(1)
-        return over_labelled(divergence, label)
+        return kdx.over_labelled(divergence, label)
 
 
 class DistillationToken(kdx.Loss):
@@ -204,16 +204,15 @@ class DistillationToken(kdx.Loss):
 
     def __init__(self, config: Config, given: kdx.Given) -> None:
         super().__init__(config, given)
-        check_classes("deit_token", given, "cls")
-        if config.form not in DEIT_FORMS:
-            raise kdx.ConfigError(f"form: found {config.form!r}, expected one of {', '.join(DEIT_FORMS)}")
+        kdx.check_classes("deit_token", given, "cls")
+        kdx.check_choice("form", config.form, DEIT_FORMS)
         if config.temperature is not None and config.form == "hard":
             raise kdx.ConfigError("temperature: `form: hard` does not read it")
         if config.temperature is not None and not config.temperature > 0:
             raise kdx.ConfigError(f"temperature: found {config.temperature}, expected a number above 0")
 
     def forward(self, cls: Tensor, dist: Tensor, teacher: Tensor, label: Tensor, alpha: Tensor) -> Tensor:
-        truth = over_labelled(F.cross_entropy(cls, label.clamp(min=0), reduction="none"), label)
+        truth = kdx.over_labelled(F.cross_entropy(cls, label.clamp(min=0), reduction="none"), label)
         return (1 - alpha) * truth + alpha * self._taught(dist, teacher.detach())
 
     def _taught(self, dist: Tensor, teacher: Tensor) -> Tensor:
@@ -236,22 +235,10 @@ class PseudoLabel(kdx.Target):
 
     def __init__(self, config: PseudoLabel.Config, given: kdx.Given) -> None:
         super().__init__(config, given)
-        check_classes("pseudo_label", given, "logits")
+        kdx.check_classes("pseudo_label", given, "logits")
 
     def forward(self, logits: Tensor, label: Tensor) -> Tensor:
         return torch.where(label >= 0, label, logits.argmax(1))
-
-
-def over_labelled(values: Tensor, label: Tensor) -> Tensor:
-    """0 for samples without a label (-1), and the others scaled so that the mean is that over the labelled, [B]."""
-    is_known = label >= 0
-    return torch.where(is_known, values, 0.0) * len(label) / is_known.sum().clamp(min=1)
-
-
-def check_classes(who: str, given: kdx.Given, name: str) -> None:
-    shape = given.shape(name)
-    if len(shape) != 1 or shape[0] < 2:
-        raise kdx.PlanError(f"{who} needs logits of at least two classes [K], but {name} is {list(shape)}")
 
 
 @kdx.hookimpl

@@ -58,7 +58,7 @@ class VariationalInformation(kdx.Loss):
     def forward(self, student: list[Tensor], teacher: list[Tensor]) -> Tensor:
         values = []
         for predictor, raw, ours, theirs in zip(self.predictors, self.raw_variances, student, teacher, strict=True):
-            ours, theirs = pool_to_smaller(ours, theirs)
+            ours, theirs = kdx.pool_to_smaller(ours, theirs)
             values.append(variational_information(predictor(ours), theirs, raw))
         return torch.stack(values).sum(0)
 
@@ -197,7 +197,7 @@ class SemanticCalibration(kdx.Loss):
         assert isinstance(projections, nn.ModuleList)
         gaps = []
         for projection, theirs in zip(projections, teacher, strict=True):
-            ours, theirs = pool_to_smaller(student, theirs)
+            ours, theirs = kdx.pool_to_smaller(student, theirs)
             gaps.append((projection(ours) - theirs).square().flatten(1).mean(1))
         return gaps
 
@@ -212,13 +212,6 @@ def group_similarities(feature: Tensor, group: int) -> Tensor:
     rows = F.pad(rows, (0, 0, 0, groups * group - len(rows))).reshape(groups, group, -1)
     similarities: Tensor = rows @ rows.transpose(1, 2)
     return similarities.flatten(0, 1)[: len(feature)]
-
-
-def pool_to_smaller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Two maps [B, C, H, W], average-pooled to the smaller height and the smaller width of both."""
-    size = (min(a.shape[2], b.shape[2]), min(a.shape[3], b.shape[3]))
-    pooled = [x if tuple(x.shape[2:]) == size else F.adaptive_avg_pool2d(x, size) for x in (a, b)]
-    return pooled[0], pooled[1]
 
 
 def _predictor(student: int, teacher: int) -> nn.Module:

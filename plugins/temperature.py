@@ -135,8 +135,7 @@ class DynamicTemperature(kdx.Target):
 
     def __init__(self, config: Config, given: kdx.Given) -> None:
         super().__init__(config, given)
-        if config.confusion not in CONFUSIONS:
-            raise kdx.ConfigError(f"confusion: found {config.confusion!r}, expected one of {', '.join(CONFUSIONS)}")
+        kdx.check_choice("confusion", config.confusion, CONFUSIONS)
         if config.gamma is not None and config.confusion != "focal":
             raise kdx.ConfigError(f"gamma: `confusion: {config.confusion}` does not read it, only focal")
         if config.gamma is not None and not config.gamma > 0:

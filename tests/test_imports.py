@@ -18,7 +18,7 @@ LAYERS = """
     errors formats page
     types files options config randomness heads sections
     components
-    hookspecs taps data optim measure checkpoint
+    authoring hookspecs taps data optim measure checkpoint
     result tap_list views
     history standings
     builtin.layouts builtin.augment builtin.schedules builtin.losses builtin.metrics builtin.models builtin.updaters \

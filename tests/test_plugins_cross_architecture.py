@@ -4,25 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from golden_inputs import LABEL, STUDENT, TEACHER, number
 from kdx_plugins.cross_architecture import Merge, OneForAll, TokenHead, adaptive_target, conv_head
-from torch import Tensor, nn
+from torch import nn
 
 import kdx
 from kdx.testing import check_loss
-
-STUDENT = torch.tensor(
-    [[2.0, 1.0, 0.0, -1.0], [0.0, 0.5, -0.5, 1.0], [1.0, -1.0, 2.0, 0.0]],
-    dtype=torch.float64,
-)
-TEACHER = torch.tensor(
-    [[3.0, 1.0, 0.2, -1.2], [0.1, 1.5, -0.3, 0.7], [0.0, 0.5, 2.5, -1.0]],
-    dtype=torch.float64,
-)
-LABEL = torch.tensor([0, 1, 2])
-
-
-def number(value: float) -> Tensor:
-    return torch.tensor(value, dtype=torch.float64)
 
 
 def made(inner: list[kdx.Shape], **options: object) -> OneForAll:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from golden_inputs import LABEL, LOGITS, STUDENT, TEACHER, normal, number
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kdx_plugins.decoupled import (
@@ -26,25 +27,6 @@ from torch import Tensor, nn
 
 import kdx
 from kdx.testing import check_loss
-
-STUDENT = torch.tensor(
-    [[2.0, 1.0, 0.0, -1.0], [0.0, 0.5, -0.5, 1.0], [1.0, -1.0, 2.0, 0.0]],
-    dtype=torch.float64,
-)
-TEACHER = torch.tensor(
-    [[3.0, 1.0, 0.2, -1.2], [0.1, 1.5, -0.3, 0.7], [0.0, 0.5, 2.5, -1.0]],
-    dtype=torch.float64,
-)
-LABEL = torch.tensor([0, 1, 2])
-LOGITS = kdx.Given({"student": (4,), "teacher": (4,)})
-
-
-def number(value: float) -> Tensor:
-    return torch.tensor(value, dtype=torch.float64)
-
-
-def normal(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def dkd(student: Tensor, teacher: Tensor, label: Tensor, temperature: float = 4.0) -> Tensor:

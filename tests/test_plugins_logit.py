@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from golden_inputs import STUDENT, TEACHER, normal, number
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kdx_plugins.logit import (
@@ -17,32 +18,14 @@ from kdx_plugins.logit import (
     soft_binary_cross_entropy,
     soft_targets,
 )
-from torch import Tensor
 
 import kdx
 from kdx.testing import check_loss
 
-STUDENT = torch.tensor(
-    [[2.0, 1.0, 0.0, -1.0], [0.0, 0.5, -0.5, 1.0], [1.0, -1.0, 2.0, 0.0]],
-    dtype=torch.float64,
-)
-TEACHER = torch.tensor(
-    [[3.0, 1.0, 0.2, -1.2], [0.1, 1.5, -0.3, 0.7], [0.0, 0.5, 2.5, -1.0]],
-    dtype=torch.float64,
-)
-
-
-def tau(value: float) -> Tensor:
-    return torch.tensor(value, dtype=torch.float64)
-
-
-def normal(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
 
 @pytest.mark.parametrize(("temperature", "golden"), [(4.0, 0.2442403738), (1.0, 0.1454213744)])
 def test_soft_targets_have_their_golden_value(temperature: float, golden: float) -> None:
-    values = soft_targets(STUDENT, TEACHER, tau(temperature))
+    values = soft_targets(STUDENT, TEACHER, number(temperature))
     assert values.shape == (3,)
     assert values.mean().item() == pytest.approx(golden, abs=1e-9)
 
@@ -54,14 +37,14 @@ def test_logit_regression_has_its_golden_value() -> None:
 def test_soft_targets_at_a_high_temperature_are_half_of_centred_regression() -> None:
     regression = logit_regression(STUDENT, TEACHER, centre=True).mean().item() / 2
     assert regression == pytest.approx(0.2591666667, abs=1e-9)
-    assert soft_targets(STUDENT, TEACHER, tau(1000.0)).mean().item() == pytest.approx(0.2591377, abs=1e-7)
+    assert soft_targets(STUDENT, TEACHER, number(1000.0)).mean().item() == pytest.approx(0.2591377, abs=1e-7)
 
 
 @settings(deadline=None, max_examples=25)
 @given(seed=st.integers(0, 1000), temperature=st.floats(0.5, 20))
 def test_the_gradient_of_soft_targets_is_tau_times_the_difference(seed: int, temperature: float) -> None:
     student, teacher = normal(seed, 4, 6).requires_grad_(), normal(seed + 1, 4, 6)
-    soft_targets(student, teacher, tau(temperature)).mean().backward()
+    soft_targets(student, teacher, number(temperature)).mean().backward()
     p = [(logits / temperature).softmax(1) for logits in (student.detach(), teacher)]
     torch.testing.assert_close(student.grad, temperature * (p[0] - p[1]) / 4)
 
@@ -72,7 +55,7 @@ def test_a_constant_added_to_a_row_changes_nothing(seed: int, shift: float) -> N
     student, teacher = normal(seed, 4, 6), normal(seed + 1, 4, 6)
     rows = torch.tensor([[shift], [0.0], [-shift], [1.0]], dtype=torch.float64)
     for loss in (
-        lambda s, t: soft_targets(s, t, tau(2.0)),
+        lambda s, t: soft_targets(s, t, number(2.0)),
         lambda s, t: logit_regression(s, t, centre=True),
     ):
         torch.testing.assert_close(loss(student + rows, teacher), loss(student, teacher))
@@ -81,13 +64,13 @@ def test_a_constant_added_to_a_row_changes_nothing(seed: int, shift: float) -> N
 
 def test_a_temperature_per_sample_acts_on_its_own_sample() -> None:
     together = soft_targets(STUDENT, TEACHER, torch.tensor([1.0, 4.0, 2.0], dtype=torch.float64))
-    alone = [soft_targets(STUDENT[i : i + 1], TEACHER[i : i + 1], tau(t)) for i, t in enumerate((1.0, 4.0, 2.0))]
+    alone = [soft_targets(STUDENT[i : i + 1], TEACHER[i : i + 1], number(t)) for i, t in enumerate((1.0, 4.0, 2.0))]
     torch.testing.assert_close(together, torch.cat(alone))
 
 
 def test_the_logarithm_of_probabilities_serves_as_logits() -> None:
     torch.testing.assert_close(
-        soft_targets(STUDENT, TEACHER.softmax(1).log(), tau(4.0)), soft_targets(STUDENT, TEACHER, tau(4.0))
+        soft_targets(STUDENT, TEACHER.softmax(1).log(), number(4.0)), soft_targets(STUDENT, TEACHER, number(4.0))
     )
 
 
@@ -95,7 +78,7 @@ def test_positions_of_dense_logits_are_averaged_sample_by_sample() -> None:
     student, teacher = normal(0, 2, 5, 3, 4), normal(1, 2, 5, 3, 4)
     rows = [logits.permute(0, 2, 3, 1).reshape(-1, 5) for logits in (student, teacher)]
     for dense, flat in (
-        (soft_targets(student, teacher, tau(4.0)), soft_targets(rows[0], rows[1], tau(4.0))),
+        (soft_targets(student, teacher, number(4.0)), soft_targets(rows[0], rows[1], number(4.0))),
         (logit_regression(student, teacher), logit_regression(rows[0], rows[1])),
     ):
         torch.testing.assert_close(dense, flat.reshape(2, -1).mean(1))
@@ -118,7 +101,7 @@ def test_a_student_far_from_its_teacher_gives_a_large_but_finite_value() -> None
     ],
 )
 def test_divergences_have_their_golden_values(divergence: str, mix: float, golden: float) -> None:
-    value = soft_targets(STUDENT, TEACHER, tau(1.0), divergence=divergence, mix=mix).mean()
+    value = soft_targets(STUDENT, TEACHER, number(1.0), divergence=divergence, mix=mix).mean()
     assert value.item() == pytest.approx(golden, abs=1e-9)
 
 
@@ -127,9 +110,9 @@ def test_divergences_have_their_golden_values(divergence: str, mix: float, golde
 def test_divergences_are_never_below_zero_and_ignore_shifts_of_a_row(seed: int, temperature: float) -> None:
     student, teacher = normal(seed, 4, 6), normal(seed + 1, 4, 6)
     for divergence in DIVERGENCES:
-        value = soft_targets(student, teacher, tau(temperature), divergence=divergence, mix=0.3)
+        value = soft_targets(student, teacher, number(temperature), divergence=divergence, mix=0.3)
         assert (value > 0).all(), divergence
-        moved = soft_targets(student + 7, teacher - 3, tau(temperature), divergence=divergence, mix=0.3)
+        moved = soft_targets(student + 7, teacher - 3, number(temperature), divergence=divergence, mix=0.3)
         torch.testing.assert_close(moved, value)
 
 
@@ -138,28 +121,28 @@ def made(**options: object) -> SoftTargets:
 
 
 def test_the_ends_of_the_mixtures_are_plain_divergences() -> None:
-    forward = made()(STUDENT, TEACHER, tau(2.0))
-    reverse = made(divergence="reverse_kl")(STUDENT, TEACHER, tau(2.0))
-    torch.testing.assert_close(made(divergence="jsd", beta=0.0)(STUDENT, TEACHER, tau(2.0)), forward)
-    torch.testing.assert_close(made(divergence="jsd", beta=1.0)(STUDENT, TEACHER, tau(2.0)), reverse)
-    torch.testing.assert_close(made(divergence="skew_kl", alpha=0.0)(STUDENT, TEACHER, tau(2.0)), forward)
-    torch.testing.assert_close(made(divergence="skew_reverse_kl", alpha=0.0)(STUDENT, TEACHER, tau(2.0)), reverse)
-    torch.testing.assert_close(reverse, soft_targets(TEACHER, STUDENT, tau(2.0)))
+    forward = made()(STUDENT, TEACHER, number(2.0))
+    reverse = made(divergence="reverse_kl")(STUDENT, TEACHER, number(2.0))
+    torch.testing.assert_close(made(divergence="jsd", beta=0.0)(STUDENT, TEACHER, number(2.0)), forward)
+    torch.testing.assert_close(made(divergence="jsd", beta=1.0)(STUDENT, TEACHER, number(2.0)), reverse)
+    torch.testing.assert_close(made(divergence="skew_kl", alpha=0.0)(STUDENT, TEACHER, number(2.0)), forward)
+    torch.testing.assert_close(made(divergence="skew_reverse_kl", alpha=0.0)(STUDENT, TEACHER, number(2.0)), reverse)
+    torch.testing.assert_close(reverse, soft_targets(TEACHER, STUDENT, number(2.0)))
 
 
 def test_options_of_a_divergence_are_used_and_have_their_published_defaults() -> None:
     half, tenth = made(divergence="jsd"), made(divergence="jsd", beta=0.1)
-    assert half(STUDENT, TEACHER, tau(1.0)).mean().item() == pytest.approx(0.0371714856, abs=1e-9)
-    assert tenth(STUDENT, TEACHER, tau(1.0)).mean().item() == pytest.approx(0.0130791811, abs=1e-9)
-    skewed = made(divergence="skew_kl")(STUDENT, TEACHER, tau(1.0))
+    assert half(STUDENT, TEACHER, number(1.0)).mean().item() == pytest.approx(0.0371714856, abs=1e-9)
+    assert tenth(STUDENT, TEACHER, number(1.0)).mean().item() == pytest.approx(0.0130791811, abs=1e-9)
+    skewed = made(divergence="skew_kl")(STUDENT, TEACHER, number(1.0))
     assert skewed.mean().item() == pytest.approx(0.1178010426, abs=1e-9)
     evenly = made(divergence="jsd")
-    torch.testing.assert_close(evenly(STUDENT, TEACHER, tau(1.0)), evenly(TEACHER, STUDENT, tau(1.0)))
+    torch.testing.assert_close(evenly(STUDENT, TEACHER, number(1.0)), evenly(TEACHER, STUDENT, number(1.0)))
 
 
 def test_the_mean_over_classes_is_the_sum_divided_by_their_number() -> None:
     torch.testing.assert_close(
-        made(reduction="mean")(STUDENT, TEACHER, tau(4.0)) * 4, made()(STUDENT, TEACHER, tau(4.0))
+        made(reduction="mean")(STUDENT, TEACHER, number(4.0)) * 4, made()(STUDENT, TEACHER, number(4.0))
     )
 
 
@@ -182,18 +165,20 @@ def test_a_wrong_option_of_soft_targets_is_refused(options: dict[str, object], m
 def test_the_teachers_logits_are_shrunken_by_the_annealing_factor() -> None:
     loss = AnnealedRegression(AnnealedRegression.Config(highest=5.0), kdx.Given())
     for temperature, factor in ((1.0, 1.0), (3.0, 0.6), (5.0, 0.2)):
-        value = loss(STUDENT, TEACHER, tau(temperature))
+        value = loss(STUDENT, TEACHER, number(temperature))
         torch.testing.assert_close(value, (STUDENT - factor * TEACHER).square().mean(1))
 
 
 def test_multi_label_losses_have_their_golden_values() -> None:
-    assert soft_binary_cross_entropy(STUDENT, TEACHER, tau(1.0)).mean().item() == pytest.approx(0.6127506480, abs=1e-9)
-    assert binary_divergence(STUDENT, TEACHER, tau(1.0)).mean().item() == pytest.approx(0.2198515681, abs=1e-9)
+    assert soft_binary_cross_entropy(STUDENT, TEACHER, number(1.0)).mean().item() == pytest.approx(
+        0.6127506480, abs=1e-9
+    )
+    assert binary_divergence(STUDENT, TEACHER, number(1.0)).mean().item() == pytest.approx(0.2198515681, abs=1e-9)
 
 
 def test_the_binary_cross_entropy_of_a_perfect_student_has_no_gradient() -> None:
     student = TEACHER.clone().requires_grad_()
-    soft_binary_cross_entropy(student, TEACHER, tau(1.0)).sum().backward()
+    soft_binary_cross_entropy(student, TEACHER, number(1.0)).sum().backward()
     torch.testing.assert_close(student.grad, torch.zeros_like(student))
 
 
@@ -201,7 +186,7 @@ def test_the_two_multi_label_forms_have_gradients_that_differ_by_the_number_of_c
     gradients = []
     for form in ("bce", "binary_kl"):
         student = STUDENT.clone().requires_grad_()
-        MultiLabel(MultiLabel.Config(form=form), kdx.Given())(student, TEACHER, tau(1.0)).sum().backward()
+        MultiLabel(MultiLabel.Config(form=form), kdx.Given())(student, TEACHER, number(1.0)).sum().backward()
         gradients.append(student.grad)
     torch.testing.assert_close(gradients[0] * 4, gradients[1])
 

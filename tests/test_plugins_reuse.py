@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from kdx_plugins.reuse import ReusedClassifier, to_smaller
+from kdx_plugins.reuse import ReusedClassifier
 from torch import Tensor, nn
 
 import kdx
@@ -28,7 +28,7 @@ def make(shapes: dict[str, kdx.Shape] = MAPS, **options: Any) -> ReusedClassifie
 
 def test_the_logits_are_the_teachers_when_the_projected_map_is_the_teachers() -> None:
     loss, head, student = make().eval(), nn.Linear(4, 5), normal(0, 2, 3, 6, 6)
-    teacher = loss.projector(to_smaller(student, normal(1, 2, 4, 3, 3))[0])
+    teacher = loss.projector(kdx.pool_to_smaller(student, normal(1, 2, 4, 3, 3))[0])
     value = loss(student=student, teacher=teacher, logits=head(teacher.mean((2, 3))), head=head)
     torch.testing.assert_close(value, torch.zeros(2))
     torch.testing.assert_close(loss.answer(student=student, head=head), head(teacher.mean((2, 3))))

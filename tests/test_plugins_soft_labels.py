@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from golden_inputs import LABEL, LOGITS, STUDENT, TEACHER, number
 from kdx_plugins.soft_labels import (
     DEIT_FORMS,
     AsymmetricTemperature,
@@ -25,25 +26,6 @@ from torch import Tensor
 
 import kdx
 from kdx.testing import check_loss, check_target
-
-STUDENT = torch.tensor(
-    [[2.0, 1.0, 0.0, -1.0], [0.0, 0.5, -0.5, 1.0], [1.0, -1.0, 2.0, 0.0]],
-    dtype=torch.float64,
-)
-TEACHER = torch.tensor(
-    [[3.0, 1.0, 0.2, -1.2], [0.1, 1.5, -0.3, 0.7], [0.0, 0.5, 2.5, -1.0]],
-    dtype=torch.float64,
-)
-LABEL = torch.tensor([0, 1, 2])
-LOGITS = kdx.Given({"student": (4,), "teacher": (4,)})
-
-
-def number(value: float) -> Tensor:
-    return torch.tensor(value, dtype=torch.float64)
-
-
-def normal(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

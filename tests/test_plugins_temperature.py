@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from golden_inputs import STUDENT, TEACHER, number
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kdx_plugins.logit import soft_targets
@@ -19,25 +20,12 @@ from kdx_plugins.temperature import (
     entropy_temperature,
     standardise,
 )
-from torch import Tensor
 
 import kdx
 from kdx.builtin.schedules import Cosine
 from kdx.testing import check_target
 
 LOW, HIGH = torch.tensor(1.0), torch.tensor(4.0)
-STUDENT = torch.tensor(
-    [[2.0, 1.0, 0.0, -1.0], [0.0, 0.5, -0.5, 1.0], [1.0, -1.0, 2.0, 0.0]],
-    dtype=torch.float64,
-)
-TEACHER = torch.tensor(
-    [[3.0, 1.0, 0.2, -1.2], [0.1, 1.5, -0.3, 0.7], [0.0, 0.5, 2.5, -1.0]],
-    dtype=torch.float64,
-)
-
-
-def number(value: float) -> Tensor:
-    return torch.tensor(value, dtype=torch.float64)
 
 
 def test_a_sure_answer_gets_the_high_temperature_and_an_even_one_the_low_one() -> None:
