@@ -23,14 +23,15 @@ Key = str
 
 
 class Borrowed:
-    """A part of a model that a node may call: gradient flows to its input and none to its weights."""
+    """A part of a model that a node may call. Gradient flows to its input; to its weights only where it `trains`."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, *, trains: bool = False) -> None:
         self.module = module
+        self.trains = trains
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         module = self.module
-        if any(parameter.requires_grad for parameter in module.parameters()):
+        if not self.trains and any(parameter.requires_grad for parameter in module.parameters()):
             fixed = {name: parameter.detach() for name, parameter in module.named_parameters()}
             result: Tensor = torch.func.functional_call(module, fixed, inputs)
         else:

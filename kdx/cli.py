@@ -86,6 +86,20 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--seeds", metavar="N,N,...", help="run once for each seed and compare with the plain student")
     run.add_argument("--quiet", action="store_true", help="no progress bars, only the table at the end")
 
+    ablate = add(
+        "ablate", _ablate, "Carry out a study: variants of one config with several seeds, and one table over all.",
+        "Example: kdx ablate configs/ablations/losses.yaml train.epochs=6",
+    )  # fmt: skip
+    ablate.add_argument("study", type=Path, help="a study file: base, seeds, variants")
+    ablate.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="changes to every variant, as in train.epochs=6"
+    )
+    ablate.add_argument("--seeds", metavar="N,N,...", help="these seeds in place of those in the file")
+    ablate.add_argument("--fresh", action="store_true", help="train anew although finished trials exist")
+    ablate.add_argument(
+        "--explain", action="store_true", help="show the first plan, and how those of the others differ; train nothing"
+    )
+
     explain = add("explain", _explain, "Show the plan of a config: what is built, what reads what, which shapes.")
     _config_arguments(explain)
     explain.add_argument(
@@ -153,6 +167,41 @@ def _run(options: argparse.Namespace) -> int:
     if len(results) > 1:
         out.print(comparison(results)[0])
     return 0
+
+
+def _ablate(options: argparse.Namespace) -> int:
+    from dataclasses import replace
+
+    from kdx.files import write_text
+    from kdx.runs import Options
+    from kdx.study import Outcome, carry_out_study, plan_differences, plan_study, read_study
+    from kdx.study_table import progress_line, study_csv, study_lines, study_markdown, study_table
+
+    out, notes = Console(), Console(stderr=True)
+    stopper = _Stopper(notes)
+    how = Options(fresh=options.fresh, console=notes, quiet=True, stop=stopper)
+    study = read_study(options.study)
+    if options.seeds is not None:
+        study = replace(study, seeds=tuple(seed for seed in _seeds(options.seeds) if seed is not None))
+    trials, plans = plan_study(study, how, options.overrides)
+    if options.explain:
+        for variant, text in plan_differences(plans):
+            out.print(f"--- {variant}\n{text}\n", markup=False, highlight=False, soft_wrap=True)
+        return 0
+    folder = Path(trials[0].config.get("out", "runs")) / f"{study.name}_study"
+
+    def tell(outcomes: Sequence[Outcome], left: float) -> None:
+        lines = study_lines(outcomes, study.reference)
+        write_text(folder / "table.md", study_markdown(study.name, lines, study.reference))
+        write_text(folder / "table.csv", study_csv(outcomes))
+        line = progress_line(outcomes, len(trials), left)
+        notes.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    with stopper:
+        outcomes = carry_out_study(trials, how, tell)
+    out.print(study_table(study.name, study_lines(outcomes, study.reference), study.reference))
+    out.print(f"table: {folder / 'table.md'}", markup=False, highlight=False, soft_wrap=True)
+    return FAILED if any(outcome.result is None for outcome in outcomes) else 0
 
 
 def _dry_run(prepared: Prepared, how: Any, out: Console) -> None:

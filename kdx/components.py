@@ -165,6 +165,7 @@ class Node(Component, nn.Module):
     outputs: the fields that `forward` returns; `("out",)` for a plain tensor, else a dict with these keys.
     borrows: each parameter of `forward` -> a sub-module of a model, as `teacher.classifier`. It is called with gradient
         to its input and none to its weights.
+    trains: the borrowed parts whose weights learn from the node as well. They must be parts of a model that is trained.
     same_shape: groups of inputs whose shapes must be equal.
 
     Parameters are trained with the student; buffers and the generator are saved, so state survives a resume.
@@ -174,6 +175,7 @@ class Node(Component, nn.Module):
     knobs: ClassVar[Mapping[str, Knob]] = {}
     outputs: ClassVar[tuple[str, ...]] = ("out",)
     borrows: ClassVar[Mapping[str, str]] = {}
+    trains: ClassVar[tuple[str, ...]] = ()
     same_shape: ClassVar[tuple[tuple[str, ...], ...]] = ()
 
     def __init__(self, config: Any, given: Given) -> None:
@@ -241,10 +243,13 @@ class Split(ABC):
 class Dataset(Component, ABC):
     """Gives batches of named streams with raw values; models normalise and resize for themselves.
 
-    `view_options` are the options that act in `on_device` alone: the views of a sample may differ in them.
+    `view_options` are the options that act in `on_device` alone: the views of a sample may differ in them. `places` are
+    the options that say where the data lies or how it gets there, not what it is: they do not count for the hash of a
+    run, as `fingerprint` covers the content.
     """
 
     view_options: ClassVar[tuple[str, ...]] = ("augment",)
+    places: tuple[str, ...] = ()
 
     def __init__(self, config: Any) -> None:
         self.config = config

@@ -106,7 +106,7 @@ def to_yaml(config: Mapping[str, Any]) -> str:
 def _overridden(given: Mapped, overrides: Iterable[str | Mapping[str, Any]]) -> Mapped:
     for override in overrides:
         layer = parse_override(override) if isinstance(override, str) else dict(override)
-        given = overlay(given, _paths_from(layer, Path.cwd()))
+        given = overlay(given, absolute_paths(layer, Path.cwd()))
     return given
 
 
@@ -115,11 +115,16 @@ def _read_layers(path: Path, above: tuple[Path, ...]) -> Mapped:
     if resolved in above:
         chain = " -> ".join(file.name for file in (*above, resolved))
         raise ConfigError(f"{path}: the files extend each other in a circle: {chain}")
+    extended = f" (extended by {above[-1]})" if above else ""
+    return _extended(read_yaml(path, extended), path.parent, (*above, resolved))
+
+
+def read_yaml(path: Path, why: str = "") -> Mapped:
+    """The mapping in a YAML file as it stands there; `why` says in errors who asked for it."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        extended = f" (extended by {above[-1]})" if above else ""
-        raise ConfigError(f"cannot read config {path}{extended}: {error.strerror or error}") from error
+        raise ConfigError(f"cannot read config {path}{why}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"config {path} is not UTF-8 text: {error}") from error
     try:
@@ -130,7 +135,7 @@ def _read_layers(path: Path, above: tuple[Path, ...]) -> Mapped:
         given = {}
     if not isinstance(given, dict) or not all(isinstance(key, str) for key in given):
         raise ConfigError(f"config {path}: expected a mapping with named sections at the top")
-    return _extended(given, path.parent, (*above, resolved))
+    return given
 
 
 def _extended(given: Mapped, folder: Path, above: tuple[Path, ...]) -> Mapped:
@@ -146,11 +151,11 @@ def _extended(given: Mapped, folder: Path, above: tuple[Path, ...]) -> Mapped:
         below = overlay(below, layer)
     if above:  # a file that extends another one has a name of its own
         below.pop("name", None)
-    return overlay(below, _paths_from(given, folder))
+    return overlay(below, absolute_paths(given, folder))
 
 
-def _paths_from(given: Mapped, folder: Path) -> Mapped:
-    """Make the paths that a config may hold absolute, and write each `run: path` as `run: {extends: path}`."""
+def absolute_paths(given: Mapped, folder: Path) -> Mapped:
+    """The config with the paths that it may hold made absolute, and each `run: path` as `run: {extends: path}`."""
     given = copy.deepcopy(given)
     if isinstance(given.get("plugins"), list):
         given["plugins"] = [
@@ -174,7 +179,7 @@ def _paths_from(given: Mapped, folder: Path) -> Mapped:
                 run["extends"] = _absolute(above, folder)
             elif isinstance(above, list):
                 run["extends"] = [_absolute(item, folder) if isinstance(item, str) else item for item in above]
-            model["run"] = _paths_from(run, folder)
+            model["run"] = absolute_paths(run, folder)
     return given
 
 

@@ -37,8 +37,12 @@ def run_hash(spec: RunSpec, dataset: Dataset, reached: Reach, needs: Mapping[str
         train.pop(key)
     content = {
         "seed": spec.root.seed,
-        "data": [_in_order(spec.data.entry, dataset.config), asdict(spec.splits), dataset.fingerprint()],
-        "views": {name: _in_order(spec.views[name].entry, spec.views[name].options) for name in reached.views},
+        "data": [
+            _in_order(spec.data.entry, dataset.config, dataset.places),
+            asdict(spec.splits),
+            dataset.fingerprint(),
+        ],
+        "views": {name: _view(spec.views[name]) for name in reached.views},
         "models": {name: _model(spec.models[name], _fields(reached, name), needs.get(name)) for name in reached.models},
         "nodes": {name: _node(node, reached.arguments[name]) for name, node in reached.nodes.items()},
         "metrics": [_part(part) for part in spec.metrics],
@@ -110,12 +114,17 @@ def _part(part: Part) -> list[Any]:
     return [part.entry.component.name, plain_options(part.options)]
 
 
-def _in_order(entry: Entry, options: Any) -> str:
+def _in_order(entry: Entry, options: Any, places: Iterable[str]) -> str:
     """A data set as text: augmentations act in the order in which they are given, so that order counts.
 
-    The options are those of the data itself, which may have been handed over in Python.
+    The options and `places` are those of the data itself, which may have been handed over in Python.
     """
-    return json.dumps([entry.component.name, plain_options(options)], default=str)
+    counted = {key: value for key, value in plain_options(options).items() if key not in places}
+    return json.dumps([entry.component.name, counted], default=str)
+
+
+def _view(view: Part) -> str:
+    return _in_order(view.entry, view.options, view.entry.component.places)
 
 
 def _model(spec: ModelSpec, fields: Iterable[str], need: str | None) -> dict[str, Any]:

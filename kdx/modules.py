@@ -151,14 +151,14 @@ class Average:
 
 def trained(spec: RunSpec, learner: Learner) -> list[Trained]:
     """What the optimizer trains: the networks, then each node as its section says."""
-    decay = spec.train.weight_decay
-    groups = [Trained([*learner.models.parameters()], 1.0, decay)]
+    decay, vectors = spec.train.weight_decay, spec.train.decay_vectors
+    groups = [Trained([*learner.models.parameters()], 1.0, decay, vectors)]
     sections = {"targets": spec.targets, "align": spec.align, "losses": spec.losses}
     for name, node in learner.nodes.items():
         section, _, own = name.partition("/")
         engine = sections[section][own].engine
         node_decay = decay if engine.weight_decay is None else engine.weight_decay
-        groups.append(Trained([*node.parameters()], engine.lr_scale, node_decay))
+        groups.append(Trained([*node.parameters()], engine.lr_scale, node_decay, vectors))
     return groups
 
 

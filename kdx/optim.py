@@ -21,11 +21,15 @@ _UNFIT = {"adahessian"}
 
 @dataclass(frozen=True)
 class Trained:
-    """Parameters that are trained alike: the learning rate times `lr_scale`, and their own weight decay."""
+    """Parameters that are trained alike: the learning rate times `lr_scale`, and their own weight decay.
+
+    Vectors, which are biases and norm scales (at most one axis), decay only with `decay_vectors`.
+    """
 
     parameters: Sequence[nn.Parameter]
     lr_scale: float
     weight_decay: float
+    decay_vectors: bool = False
 
 
 def make_optimizer(
@@ -33,8 +37,8 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimizer that `{use: name, ...}` names, fused where torch has that for the device.
 
-    Weight decay acts on matrices and kernels; biases and norm scales (at most one axis) have none. The learning rate
-    is `peak` until `set_lr` says otherwise; optimizers that scale their weight decay take it for the highest one.
+    The learning rate is `peak` until `set_lr` says otherwise; optimizers that scale their weight decay take it for the
+    highest one.
     Raises `ConfigError` for an unknown name or option.
     """
     factory, rest = read_optimizer(options)
@@ -102,7 +106,7 @@ def _groups(groups: Iterable[Trained]) -> list[dict[str, Any]]:
     for group in groups:
         for parameter in group.parameters:
             if parameter.requires_grad:
-                decay = group.weight_decay if parameter.ndim > 1 else 0.0
+                decay = group.weight_decay if group.decay_vectors or parameter.ndim > 1 else 0.0
                 found.setdefault((group.lr_scale, decay), []).append(parameter)
     return [
         {"params": parameters, "lr_scale": scale, "weight_decay": decay} for (scale, decay), parameters in found.items()

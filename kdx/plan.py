@@ -89,7 +89,7 @@ def make_plan(
         call = (
             _model_call(item, spec.models[base_of(item)], models[base_of(item)], reached.fields[item])
             if base_of(item) in spec.models
-            else _node_call(item, reached, facts, spec.root.seed, shapes, models, device)
+            else _node_call(item, reached, facts, spec, shapes, models, device)
         )
         if isinstance(call, ModelCall):
             tapped[item] = call.module
@@ -178,12 +178,12 @@ def _node_call(
     item: str,
     reached: Reach,
     facts: DataFacts,
-    seed: int,
+    spec: RunSpec,
     shapes: Mapping[Key, Shape],
     models: Mapping[str, Network],
     device: torch.device,
 ) -> NodeCall:
-    node = reached.nodes[item]
+    node, seed = reached.nodes[item], spec.root.seed
     component: type[Node] = node.entry.component
     arguments = reached.arguments[item]
     inputs = {name: arguments[name] for name in component.inputs}
@@ -202,16 +202,31 @@ def _node_call(
             raise type(error)(f"{node.where}: {error}") from error
         except Exception as error:
             raise PlanError(f"{label} could not be built from {_listed(inputs, shapes)}: {error}") from error
-    parts = {
-        name: Borrowed(find_part(models[model].net, path, f"{node.where}.borrows.{name}"))
-        for name, (model, path) in reached.borrowed[item].items()
-    }
+    parts = _parts(item, reached, spec, models)
     kind = node.where.partition(".")[0]
     hidden = {"weight"} | ({"like"} if kind == "align" else set())  # an aligner needs only the shape of `like`
     passed = {name: key for name, key in arguments.items() if name not in hidden}
     weight = str(arguments["weight"]) if kind == "losses" else ""
     gives = (item,) if kind == "losses" else tuple(f"{item}.{field}" for field in component.outputs)
     return NodeCall(item, kind, node.where, module, passed, gives, parts, weight, label)
+
+
+def _parts(item: str, reached: Reach, spec: RunSpec, models: Mapping[str, Network]) -> dict[str, Borrowed]:
+    """The borrowed parts of a node. One that it trains must be part of a model that the optimizer knows."""
+    node = reached.nodes[item]
+    component: type[Node] = node.entry.component
+    parts: dict[str, Borrowed] = {}
+    for name, (model, path) in reached.borrowed[item].items():
+        where, trains = f"{node.where}.borrows.{name}", name in component.trains
+        is_run = any(base_of(owner) == model for owner in reached.order)
+        if trains and (spec.models[model].frozen or not is_run):
+            why = "is frozen" if spec.models[model].frozen else "no loss reads"
+            raise PlanError(
+                f"{where}: {component.name} trains this part, but {node.borrows[name]} belongs to {model}, "
+                f"which {why}; expected a part of a model that is trained, as in student.classifier"
+            )
+        parts[name] = Borrowed(find_part(models[model].net, path, where), trains=trains)
+    return parts
 
 
 def _check_same_shape(node: NodeSpec, given: Given) -> None:
@@ -324,15 +339,15 @@ def _knob_values(reached: Reach, device: torch.device, values: Values) -> dict[K
 
 
 def _teacher_side(spec: RunSpec, calls: list[Call]) -> set[str]:
-    """The calls that read nothing with a gradient and have no parameters."""
+    """The calls that read nothing with a gradient, have no parameters and train no borrowed part."""
     side: set[str] = set()
     made: dict[Key, str] = {key: call.name for call in calls for key in call.gives}
     for call in calls:
         if isinstance(call, ModelCall):
             if spec.models[base_of(call.name)].frozen:
                 side.add(call.name)
-        elif all(made[key] in side for key in call.reads if key in made) and not any(
-            True for _ in call.module.parameters()
+        elif all(made[key] in side for key in call.reads if key in made) and not (
+            any(True for _ in call.module.parameters()) or any(part.trains for part in call.parts.values())
         ):
             side.add(call.name)
     return side

@@ -165,6 +165,9 @@ def check_component(kind: str, component: type[Any], plugin: Plugin) -> None:
         _check_names(kind, component, refuse)
     if issubclass(component, Metric):
         _check_metric(component, refuse)
+    places = component.places if issubclass(component, Dataset) else ()
+    if unknown := sorted(set(places) - {item.name for item in fields(component.Config)}):
+        raise refuse(f"has {', '.join(unknown)} among its places, which is no option of its Config")
 
 
 def _check_names(kind: str, component: type[Node], refuse: Callable[[str], PluginError]) -> None:
@@ -175,6 +178,8 @@ def _check_names(kind: str, component: type[Node], refuse: Callable[[str], Plugi
     unknown = sorted({name for group in component.same_shape for name in group} - set(component.inputs))
     if unknown:
         raise refuse(f"wants same_shape of {', '.join(unknown)}, which is no input")
+    if unknown := sorted(set(component.trains) - set(component.borrows)):
+        raise refuse(f"trains {', '.join(unknown)}, which is no borrowed part")
     taken = {"use", "inputs", "borrows", "lr_scale", "weight_decay", *component.knobs}
     taken |= {"losses": {"weight"}, "aligners": {"source", "like"}}.get(kind, set())
     if hidden := sorted(taken & {item.name for item in fields(component.Config)}):

@@ -12,7 +12,8 @@ class TrainOptions:
 
     Training lasts `epochs`, or `updates` optimizer steps. A batch of `batch` samples is worked off in `accumulate`
     parts. `evaluate` and `save` count epochs; `monitor` names the validation metric that picks the best epoch. An
-    epoch is one pass over the training samples, or as many updates as `steps_per_epoch` says.
+    epoch is one pass over the training samples, or as many updates as `steps_per_epoch` says. Weight decay acts on
+    matrices and kernels; with `decay_vectors` on vectors too, which are biases and norm scales.
     """
 
     epochs: float | None = None
@@ -24,6 +25,7 @@ class TrainOptions:
     optimizer: dict[str, Any] = field(default_factory=dict)
     updater: dict[str, Any] = field(default_factory=dict)
     weight_decay: float = 0.0
+    decay_vectors: bool = False
     clip: float | None = None
     ema: float | None = None
     evaluate: int = 1

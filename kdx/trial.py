@@ -216,6 +216,8 @@ def check_declarations(component: type[Node], who: str) -> None:
     undeclared, missing = sorted(taken_names - declared), sorted(declared - taken_names)
     require(not undeclared, who, f"forward takes {undeclared}, which are in none of inputs, knobs and borrows")
     require(not missing, who, f"it declares {missing}, which forward does not take")
+    unknown = sorted(set(component.trains) - set(component.borrows))
+    require(not unknown, who, f"it trains {unknown}, which are not in borrows")
     for name, knob in component.knobs.items():
         problem = knob.problem(knob.default) if isinstance(knob, Knob) else "must be a kdx.Knob"
         require(problem is None, who, f"the default of the knob {name} {problem}")

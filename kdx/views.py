@@ -24,6 +24,7 @@ class Viewed(Dataset):
 
     def __init__(self, source: Dataset, views: Mapping[str, Dataset]) -> None:
         super().__init__(source.config)
+        self.places = source.places
         self._source = source
         self._views = views
 

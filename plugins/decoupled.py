@@ -216,8 +216,8 @@ class ScaleDecoupled(kdx.Loss):
     alpha, beta: of `dkd`, 1 and 8 by default. gamma: of `nkd`, 1.5 by default.
 
     The logits must be what the classifier makes of the mean of the map, as in most convolutional nets; the batches seen
-    before training are checked for it. The student's classifier learns from the whole image alone, not from regions,
-    where the authors' does: its weights are held fixed for those. 0 for a perfect student, with `kd` and `dkd`.
+    before training are checked for it. The student's classifier learns from the regions too; the teacher's is frozen.
+    0 for a perfect student, with `kd` and `dkd`.
     """
 
     name = "sdd"
@@ -230,6 +230,7 @@ class ScaleDecoupled(kdx.Loss):
     }
     knobs = {"temperature": kdx.Knob(4.0, above=0.0)}
     borrows = {"student_head": "student.classifier", "teacher_head": "teacher.classifier"}
+    trains = ("student_head",)
     same_shape = (("student_logits", "teacher_logits"),)
 
     @dataclass(frozen=True)

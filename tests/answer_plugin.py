@@ -31,6 +31,13 @@ class Blend(kdx.Loss):
         return logits
 
 
+class TrainedBlend(Blend):
+    """The mixture, which trains the classifier as well."""
+
+    name = "trained_blend"
+    trains = ("head",)
+
+
 class Silent(kdx.Loss):
     """Says that it answers, and does not."""
 
@@ -65,4 +72,4 @@ class Features(Silent):
 
 @kdx.hookimpl
 def kdx_losses() -> list[type[kdx.Loss]]:
-    return [Blend, Silent, Unknown, Features]
+    return [Blend, TrainedBlend, Silent, Unknown, Features]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from builders import NET, batch, forward, plan_of
@@ -13,6 +16,12 @@ from kdx.components import Given
 from kdx.errors import PlanError
 from kdx.plugins import discover
 
+TRAINS = discover([str(Path(__file__).parent / "trains_plugin.py")])
+JUDGED: dict[str, Any] = {
+    "teachers": {"big": NET},
+    "targets": {"judged": {"use": "judged", "inputs": {"features": "big.embedding"}}},
+    "losses": {"ce": None, "own": {"use": "cross_entropy", "inputs": {"student": "judged"}}},
+}
 REUSED = {"teachers": {"big": NET}, "losses": {"ce": None, "reused": {"use": "reused"}}}
 
 
@@ -65,6 +74,58 @@ def test_a_loss_through_the_head_of_the_student_leaves_that_head_alone() -> None
     assert student.fc.weight.requires_grad
     assert student.fc.weight.grad is None
     assert student.conv1.weight.grad.any()
+
+
+@pytest.mark.parametrize("precision", [None, torch.bfloat16])
+def test_a_part_that_a_node_trains_gets_the_gradient_of_a_plain_call(precision: torch.dtype | None) -> None:
+    part = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    x = torch.randn(5, 3, requires_grad=True)
+    with torch.autocast("cpu", precision, enabled=precision is not None):
+        borrowed, plain = Borrowed(part, trains=True)(x), part(x)
+    leaves = [x, *part.parameters()]
+    for found, expected in zip(
+        torch.autograd.grad(borrowed.square().sum(), leaves),
+        torch.autograd.grad(plain.square().sum(), leaves),
+        strict=True,
+    ):
+        assert torch.equal(found, expected)
+    assert part[1].bias.requires_grad
+
+
+def test_a_target_that_trains_a_part_has_a_gradient_although_it_reads_a_frozen_teacher() -> None:
+    used = {"losses": {"ce": {"use": "cross_entropy", "weight": 0.0}}}
+    plan = plan_of(JUDGED, used, plugins=TRAINS)
+    assert [call.name for call in plan.learner_calls] == ["judged", "student"]
+    _, losses = forward(plan, batch())
+    losses.total.backward()
+    student = plan.student.network.net
+    assert student.fc.weight.grad.any()
+    assert not student.conv1.weight.grad.any()
+
+
+def test_a_peer_may_be_trained_through_its_part() -> None:
+    peer = {
+        "teachers": {"big": {"trainable": True}},
+        "targets": {"judged": {"inputs": {"features": "student.embedding"}, "borrows": {"head": "big.classifier"}}},
+    }
+    read = {"losses": {"ce": {"use": "cross_entropy", "inputs": {"student": "big.logits"}, "weight": 0.0}}}
+    plan = plan_of(JUDGED, peer, read, plugins=TRAINS)
+    _, losses = forward(plan, batch())
+    losses.total.backward()
+    call = next(call for call in plan.learner_calls if isinstance(call, NodeCall))
+    assert call.parts["head"].module.weight.grad.any()
+
+
+@pytest.mark.parametrize(("trainable", "why"), [(False, "is frozen"), (True, "no loss reads")])
+def test_a_part_that_nothing_could_train_is_refused(trainable: bool, why: str) -> None:
+    borrows = {"inputs": {"features": "student.embedding"}, "borrows": {"head": "teacher.classifier"}}
+    layer = {"teachers": {"big": {"trainable": trainable}}, "targets": {"judged": borrows}}
+    with pytest.raises(PlanError) as caught:
+        plan_of(JUDGED, layer, plugins=TRAINS)
+    assert str(caught.value) == (
+        "targets.judged.borrows.head: judged trains this part, but teacher.classifier belongs to big, "
+        f"which {why}; expected a part of a model that is trained, as in student.classifier"
+    )
 
 
 def test_the_classifier_of_any_net_is_what_makes_its_logits() -> None:

@@ -21,6 +21,8 @@ METHODS = [path for path in sorted((CONFIGS / "methods").glob("*.yaml")) if path
 CIFAR = sorted((CONFIGS / "cifar").rglob("*.yaml"))
 SMALL = ("resnet56_resnet20", "wrn_40_2_wrn_16_2", "resnet20")
 """The configs of the benchmark whose nets are built in a second or two."""
+RECIPES = {"funmatch": {"use": "kd", "inputs": {"student": "student@mixed.logits", "teacher": "cnn@mixed.logits"}}}
+"""What in the config of a method that is a way to use others, without a component of its own, makes it that method."""
 SOURCE = re.compile(r"\([A-Z][^()]*, (19|20)\d\d\)")
 
 
@@ -91,10 +93,13 @@ def test_a_config_without_a_student_is_extended_by_another_one() -> None:
 
 @pytest.mark.parametrize("path", METHODS, ids=name_of)
 def test_a_config_of_a_method_uses_what_it_is_named_after(path: Path) -> None:
-    """The component of that name, or the value of an option, as a divergence of `kd`."""
+    """The component of that name, the value of an option, as a divergence of `kd`, or what its recipe says."""
     config = load(path)
     nodes = {**config.get("targets", {}), **config["losses"]}
-    assert any(path.stem in node.values() for node in nodes.values()), f"{path.name} uses no {path.stem}"
+    recipe = RECIPES.get(path.stem)
+    assert any(
+        path.stem in node.values() if recipe is None else recipe.items() <= node.items() for node in nodes.values()
+    ), f"{path.name} uses no {path.stem}"
 
 
 @pytest.mark.parametrize("path", METHODS, ids=name_of)

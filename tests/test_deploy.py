@@ -93,6 +93,20 @@ def test_a_borrowed_part_of_the_student_is_the_one_that_is_trained() -> None:
     assert not torch.equal(session.deployed.parts["head"].weight, before)
 
 
+@pytest.mark.parametrize(("use", "moves"), [("blend", False), ("trained_blend", True)])
+def test_what_is_deployed_has_a_part_that_only_a_loss_which_trains_it_has_changed(use: str, moves: bool) -> None:
+    found = prepare(load_mapping(config_of(OWN, {"losses": {"own": {"use": use}}})), quiet())
+    plan = build_plan(found, quiet(), trained=True)
+    session = make_session(found.spec, plan, found.dataset, found.splits, Runtime(found.spec.runtime))
+    head = session.plan.student.network.net.head
+    before = copy.deepcopy(head.weight)
+    Seen(session)
+    session.learner.eval()
+    assert session.deployed.parts["head"] is head
+    assert torch.equal(head.weight, before) is not moves
+    assert logits_of(session.deployed).isfinite().all()
+
+
 def test_an_average_is_taken_of_all_that_is_deployed() -> None:
     session = session_of(REUSE, {"train": {"ema": 0.5, "updates": 2}})
     assert session.average is not None

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from small_run import DISTIL, PLAIN, PLUGIN, TEACHER, config_of, prepared, quiet
 from torch import nn
 
+from kdx.builtin.torchvision_images import TorchvisionDataset
 from kdx.checkpoint import save_weights
 from kdx.config import load_mapping
 from kdx.errors import CheckpointError
@@ -95,6 +98,7 @@ def test_what_cannot_change_the_result_does_not_change_the_hash(base: str, layer
         {"train": {"optimizer": {"use": "adamw"}}},
         {"train": {"optimizer": {"use": "sgd", "momentum": 0.8}}},
         {"train": {"weight_decay": 0.1}},
+        {"train": {"decay_vectors": True}},
         {"train": {"clip": 1.0}},
         {"train": {"ema": 0.9}},
         {"train": {"evaluate": 2}},
@@ -113,6 +117,63 @@ def test_the_order_of_augmentations_counts() -> None:
         hash_of(PLAIN, {"data": {"use": "fashion_mnist", "augment": augment, "validation": 100}}) for augment in orders
     }
     assert len(hashes) == 2
+
+
+@pytest.fixture
+def copies(tmp_path: Path) -> tuple[Path, Path]:
+    """Two folders of the same content: torchvision's layout of Fashion-MNIST, and images in class folders."""
+    raw = tmp_path / "a" / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    labels = bytes(i % 10 for i in range(20))
+    for part in ("train", "t10k"):
+        pixels = bytes(i * 7 % 256 for i in range(20 * 64))
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 0x803, 20, 8, 8) + pixels)
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 0x801, 20) + labels)
+    for name in ("ant", "bee"):
+        (tmp_path / "a" / "pets" / name).mkdir(parents=True)
+        for i in range(6):
+            Image.new("RGB", (8, 8), (i * 40, 0, 0)).save(tmp_path / "a" / "pets" / name / f"{i}.png")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")  # keeps the times of change
+    return tmp_path / "a", tmp_path / "b"
+
+
+PLACED = config_of(PLAIN, {"data": None}, {"data": {"use": "torchvision", "dataset": "FashionMNIST", "validation": 4}})
+
+
+def test_where_torchvision_data_lies_does_not_count_and_its_content_does(copies: tuple[Path, Path]) -> None:
+    one, other = ({"data": {"root": str(root)}} for root in copies)
+    first = hash_of(PLACED, one)
+    assert hash_of(PLACED, other) == first
+    assert hash_of(PLACED, other, {"data": {"download": True}}) == first
+    assert hash_of(PLACED, other, {"data": {"channels": "3"}}) != first
+    labels = copies[1] / "FashionMNIST" / "raw" / "train-labels-idx1-ubyte"
+    labels.write_bytes(labels.read_bytes()[:-1] + b"\0")
+    assert hash_of(PLACED, other) != first
+
+
+def test_where_an_image_folder_lies_does_not_count_and_its_content_does(copies: tuple[Path, Path]) -> None:
+    folder = config_of(PLAIN, {"data": None}, {"data": {"use": "image_folder", "size": 8, "validation": 4}})
+    one, other = ({"data": {"path": str(root / "pets")}} for root in copies)
+    first = hash_of(folder, one)
+    assert hash_of(folder, other) == first
+    (copies[1] / "pets" / "bee" / "5.png").rename(copies[1] / "pets" / "bee" / "7.png")
+    assert hash_of(folder, other) != first
+
+
+def test_where_the_data_of_views_lies_does_not_count(copies: tuple[Path, Path]) -> None:
+    views = {
+        "data": {"augment": {"flip": {}}, "views": {"plain": {"augment": {}}}},
+        "teachers": {"wide": {"use": "small", "input": "image@plain"}},
+        "losses": {"kd": {"use": "kd"}},
+    }
+    found = [prepared(PLACED, views, {"data": {"root": str(root)}}) for root in copies]
+    assert [view for prepared in found for view in prepared.reached.views] == ["plain", "plain"]
+    assert found[0].hash == found[1].hash
+
+
+def test_where_data_that_is_handed_over_lies_does_not_count(copies: tuple[Path, Path]) -> None:
+    made = (TorchvisionDataset(TorchvisionDataset.Config("FashionMNIST", str(root))) for root in copies)
+    assert len({prepared(PLAIN, options=quiet(data=dataset)).hash for dataset in made}) == 1
 
 
 def own_plugin(path: Path, value: str) -> str:

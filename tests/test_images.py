@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Subset
 from torch.utils.data import TensorDataset as TorchTensors
 
-from kdx.builtin.augment import AUGMENTATIONS, Crop, Erase, Flip, Shift, read_augment
+from kdx.builtin.augment import AUGMENTATIONS, Crop, Erase, Flip, Mixup, Shift, read_augment
 from kdx.builtin.image_folder import ImageFolder
 from kdx.builtin.images import FILE, FashionMnist
 from kdx.builtin.make_fashion_mnist import choose, make
@@ -483,7 +483,9 @@ def pictures(count: int = 64, size: int = 9) -> Tensor:
     return torch.rand(count, 2, size, size, generator=torch.Generator().manual_seed(0))
 
 
-ALL: Mapping[str, Any] = {name: {} for name in AUGMENTATIONS}
+SINGLE = [name for name, kind in AUGMENTATIONS.items() if not kind.mixes]
+"""The augmentations of one image at a time."""
+ALL: Mapping[str, Any] = {name: {} for name in SINGLE}
 
 
 def test_bytes_become_fractions_in_training_and_evaluation_alike() -> None:
@@ -502,7 +504,7 @@ def test_evaluation_is_not_augmented() -> None:
     assert not torch.equal(data.on_device({"image": images}, randomness())["image"], images)
 
 
-@pytest.mark.parametrize("name", AUGMENTATIONS)
+@pytest.mark.parametrize("name", SINGLE)
 def test_augmentation_of_a_sample_does_not_depend_on_its_company(name: str) -> None:
     images = pictures()
     (augment,) = read_augment({name: {}})
@@ -580,6 +582,40 @@ def test_brightness_and_contrast_stay_within_their_range() -> None:
     torch.testing.assert_close(scaled.mean((1, 2, 3)), (0.25 + 0.5 * pictures(300)).mean((1, 2, 3)))
 
 
+def test_mixup_lies_between_an_image_and_the_one_before_it() -> None:
+    images = torch.arange(400.0).mul(7).remainder(400).div(400)[:, None, None, None].expand(400, 2, 3, 3)
+    mixed = Mixup()(images, randomness(400))
+    partner = images.roll(1, 0)
+    ratios = ((mixed - partner) / (images - partner))[:, 0, 0, 0]
+    torch.testing.assert_close(ratios, randomness(400).uniform("mixup"), rtol=0, atol=1e-3)
+    assert ratios.min() < 0.02
+    assert 0.45 < ratios.mean() < 0.55
+    assert ratios.max() > 0.98
+    assert not torch.equal(Mixup()(images, randomness(400, view=1)), mixed)
+
+
+def test_mixup_with_a_ratio_of_1_keeps_the_image_and_of_0_gives_its_partner() -> None:
+    images = pictures()
+    assert torch.equal(Mixup(low=1)(images, randomness()), images)
+    assert torch.equal(Mixup(high=0)(images, randomness()), images.roll(1, 0))
+    half = Mixup(low=0.5, high=0.5)(images, randomness())
+    torch.testing.assert_close(half, (images + images.roll(1, 0)) / 2)
+    alone = images[:1]
+    assert torch.equal(Mixup()(alone, randomness(1)), alone)
+
+
+def test_mixup_is_refused_where_labels_are_read_too() -> None:
+    message = (
+        r"data.augment.mixup: it mixes images, and a label stays that of the unmixed one; put it into a view, "
+        r"as in `data: \{views: \{mixed: \{augment: \{mixup: \{\}\}\}\}\}`"
+    )
+    with pytest.raises(ConfigError, match=message):
+        FashionMnist(FashionMnist.Config(augment={"flip": {}, "mixup": {}}))
+    images = {"image": pictures(), "label": torch.zeros(64).long()}
+    with pytest.raises(ConfigError, match=message):
+        TensorDataset.from_tensors(images, augment={"mixup": None})
+
+
 def test_augmentations_run_in_the_order_given() -> None:
     images = pictures()
     there, back = read_augment({"shift": {}, "crop": {}}), read_augment({"crop": {}, "shift": {}})
@@ -597,6 +633,8 @@ def test_augmentations_run_in_the_order_given() -> None:
         ({"shift": {"pixels": 0}}, r"data.augment.shift: pixels: found 0, expected 1 to 1024"),
         ({"flip": {"probability": 2}}, r"data.augment.flip: probability: found 2, expected 0 to 1"),
         ({"crop": {"least_area": 0}}, r"data.augment.crop: least_area: found 0, expected 0.01 to 1"),
+        ({"mixup": {"high": 1.5}}, r"data.augment.mixup: high: found 1.5, expected 0 to 1"),
+        ({"mixup": {"low": 0.5, "high": 0.2}}, r"data.augment.mixup: high: found 0.2, expected 0.5 to 1"),
         ({"flip": True}, r"data.augment.flip: found True, expected a mapping of options"),
     ],
 )

@@ -36,7 +36,8 @@ LAYERS = """
     loop student report
     outcome resume preflight derive
     runs
-    api init reference
+    api init reference study
+    study_table
     tiny
     testing cli
     __main__

@@ -225,6 +225,16 @@ def test_nodes_are_trained_as_their_sections_say() -> None:
     assert not any(decay and not matrix for _, decay, matrix in found), "biases and norm scales do not decay"
 
 
+def test_with_decay_vectors_the_biases_of_networks_and_nodes_decay_alike() -> None:
+    session = session_of(
+        STATEFUL,
+        {"train": {"weight_decay": 0.01, "decay_vectors": True}, "align": {"mid": {"norm": True, "weight_decay": 0.2}}},
+    )
+    groups = session.runtime.optimizer.param_groups
+    found = {(group["weight_decay"], p.ndim > 1) for group in groups for p in group["params"]}
+    assert found == {(0.01, True), (0.01, False), (0.2, True), (0.2, False)}
+
+
 def test_calibration_reaches_both_sides_and_leaves_models_and_the_state_of_losses_alone() -> None:
     session = session_of(CENTRED, {"losses": {"own": {"use": "stateful"}}, "train": {"calibration": 2}})
     models = state_of(session.learner.models)

@@ -113,6 +113,18 @@ def test_weight_decay_acts_on_matrices_and_kernels_only() -> None:
     assert len(decay) == len(list(module.parameters()))
 
 
+def test_weight_decay_acts_on_biases_and_norm_scales_too_where_that_is_asked_for() -> None:
+    alike, other = net(), net()
+    optimizer = made(
+        {"use": "sgd"},
+        Trained(list(alike.parameters()), 1.0, 0.1, decay_vectors=True),
+        Trained(list(other.parameters()), 1.0, 0.2),
+    )
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert [decay[id(p)] for p in alike.parameters()] == [0.1] * 6
+    assert [decay[id(p)] for p in other.parameters()] == [0.2, 0.0, 0.0, 0.0, 0.2, 0.0]
+
+
 def test_a_bias_does_not_shrink_and_a_kernel_does() -> None:
     layer = nn.Linear(2, 2)
     nn.init.ones_(layer.weight)

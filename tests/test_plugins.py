@@ -191,6 +191,16 @@ def test_a_module_without_a_hook_is_refused(tmp_path: Path) -> None:
     assert text.startswith(f"plugin mine.py ({tmp_path / 'mine.py'}) implements no hook; known: kdx_aligners, ")
 
 
+def test_a_place_that_is_no_option_of_the_data_is_refused(tmp_path: Path) -> None:
+    source = (
+        "import kdx\nfrom kdx.builtin.image_folder import ImageFolder\n"
+        "class Folder(ImageFolder):\n    name = 'mine'\n    places = ('paht',)\n"
+        "@kdx.hookimpl\ndef kdx_datasets():\n    return [Folder]\n"
+    )
+    text = refusal(tmp_path / "mine.py", source)
+    assert text.endswith("datasets component Folder has paht among its places, which is no option of its Config")
+
+
 def test_an_undecorated_hook_is_refused(tmp_path: Path) -> None:
     text = refusal(tmp_path / "mine.py", "def kdx_losses():\n    return []\n")
     assert text.endswith("kdx_losses is not decorated: did you forget @kdx.hookimpl?")
@@ -373,6 +383,7 @@ def made(base: type[Component], **body: Any) -> type[Component]:
          "declares source, which its forward does not take"),
         ("losses", made(Loss, **ONE, knobs={"a": Knob(1.0)}), "declares a twice: as input, knob or borrowed part"),
         ("losses", made(Loss, **ONE, same_shape=(("a", "b"),)), "wants same_shape of b, which is no input"),
+        ("losses", made(Loss, **ONE, trains=("head",)), "trains head, which is no borrowed part"),
         ("losses", made(Loss, **FORWARD, Config=Weighty),
          "has the option weight, which means something else in its section of a config"),
         ("metrics", made(Metric, **METRIC, update=lambda self, logits: None),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from builders import NET, batch, forward, plan_of
 from golden_inputs import LABEL, LOGITS, STUDENT, TEACHER, normal, number
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -136,6 +139,11 @@ def heads() -> tuple[nn.Linear, nn.Linear]:
         return nn.Linear(6, 4).double(), nn.Linear(8, 4).double()
 
 
+HALVES = (slice(0, 2), slice(2, 4))
+STRIDED: dict[str, Any] = {
+    "student": {"args": {"output_stride": 8}},
+    "teachers": {"big": {**NET, "args": {**NET["args"], "output_stride": 8}}},
+}
 REGIONS = kdx.Given(
     {"student": (6, 4, 4), "teacher": (8, 4, 4), "student_logits": (4,), "teacher_logits": (4,), "label": ()}
 )
@@ -178,6 +186,63 @@ def test_regions_agree_with_a_slow_reference() -> None:
                     count = torch.where((teacher.argmax(1) == label) == right, 1, 2)
                     expected += count * dkd(student, teacher, label, 2.0)
         torch.testing.assert_close(sdd(label, grids=[1, 2]), expected)
+
+
+def test_the_students_classifier_learns_from_regions_as_in_a_slow_reference() -> None:
+    student_head, teacher_head = heads()
+    ours, theirs = maps(6, 0), maps(8, 1)
+    loss = ScaleDecoupled(ScaleDecoupled.Config(grids=[1, 2], wraps="kd"), REGIONS)
+    whole = student_head(ours.mean((2, 3))), teacher_head(theirs.mean((2, 3)))
+    value = loss(ours, theirs, *whole, LABEL, number(2.0), student_head, teacher_head)
+    right = whole[1].argmax(1) == LABEL
+    expected = torch.zeros(3, dtype=torch.float64)
+    for cell in [(..., rows, columns) for rows in HALVES for columns in HALVES] + [...]:
+        student, teacher = student_head(ours[cell].mean((2, 3))) / 2, teacher_head(theirs[cell].mean((2, 3))) / 2
+        count = torch.where((teacher.argmax(1) == LABEL) == right, 1, 2)
+        wanted = teacher.detach().softmax(1)
+        expected += count * 4 * (wanted * (wanted.log() - student.log_softmax(1))).sum(1)
+    weights = [*student_head.parameters()]
+    for found, reference in zip(
+        torch.autograd.grad(value.sum(), weights, retain_graph=True),
+        torch.autograd.grad(expected.sum(), weights),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, reference)
+    value.sum().backward()
+    assert all(weight.grad is None for weight in teacher_head.parameters())
+
+
+def gradients(loss: dict[str, Any]) -> tuple[float, dict[str, Tensor | None], nn.Module]:
+    """The value of one loss in a run, the student's gradients, and the teacher's classifier."""
+    plan = plan_of(STRIDED, {"losses": {"ce": None, "one": loss}})
+    _, losses = forward(plan, batch())
+    losses.total.backward()
+    student = plan.student.network.net
+    teacher = plan.teachers["big"].network.net
+    return losses.total.item(), {name: weight.grad for name, weight in student.named_parameters()}, teacher.fc
+
+
+def test_a_run_with_one_cell_has_the_value_and_the_gradients_of_the_wrapped_loss() -> None:
+    value, found, _ = gradients({"use": "sdd", "grids": [1], "wraps": "dkd"})
+    expected, wrapped, _ = gradients({"use": "dkd"})
+    assert value == pytest.approx(expected, rel=1e-6)
+    assert wrapped["fc.weight"] is not None
+    assert wrapped["fc.weight"].any()
+    for name, gradient in wrapped.items():
+        torch.testing.assert_close(found[name], gradient)
+
+
+def test_regions_train_the_students_classifier_in_a_run_and_leave_the_teachers_alone() -> None:
+    only_regions = {"use": "sdd", "grids": [1, 2], "inputs": {"student_logits": "big.logits"}}
+    _, found, teacher = gradients(only_regions)
+    assert found["fc.weight"] is not None
+    assert found["fc.weight"].any()
+    assert found["conv1.weight"] is not None
+    assert found["conv1.weight"].any()
+    assert all(weight.grad is None for weight in teacher.parameters())
+    _, found, _ = gradients({**only_regions, "weight": 0.0})
+    assert found["fc.weight"] is not None
+    assert not found["fc.weight"].any()
 
 
 def test_the_first_region_is_the_nets_own_answer() -> None:

@@ -324,6 +324,7 @@ def takes_anything(self: Any, student: Tensor, teacher: Tensor, scale: Tensor, *
         ({"knobs": {}}, r"forward takes \['scale'\], which are in none"),
         ({"inputs": {**Good.inputs, "mask": kdx.OPTIONAL}}, r"it declares \['mask'\], which forward does not take"),
         ({"knobs": {"scale": kdx.Knob(0.0, above=0.0)}}, "the default of the knob scale must be above 0"),
+        ({"trains": ("head",)}, r"it trains \['head'\], which are not in borrows"),
         ({"Config": Clash}, "the name 'scale' in its options is taken by its knobs"),
         ({"knobs": {"weight": kdx.Knob(1.0)}}, "the name 'weight' in its knobs is taken by the engine"),
         ({"Config": Unfillable}, "a config file cannot fill its Config"),

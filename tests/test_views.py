@@ -18,6 +18,7 @@ import kdx
 from kdx.builtin.augment import Rotate
 from kdx.builtin.images import FashionMnist
 from kdx.builtin.tensor_data import TensorDataset
+from kdx.calls import ModelCall
 from kdx.config import load_mapping, overlay
 from kdx.randomness import Randomness
 from kdx.runs import Stopped, build_plan, carry_out, family, prepare
@@ -120,6 +121,16 @@ def test_whatever_reads_a_view_keeps_it(layer: Mapping[str, Any]) -> None:
     assert found.reached.views == ("still",)
     session = session_of(VIEWED, layer)
     Seen(session)
+
+
+def test_views_that_mix_alike_are_equal_and_leave_the_main_images_alone() -> None:
+    both: Mapping[str, Any] = {"augment": {"crop": {}, "flip": {}, "mixup": {}}}
+    batch = drawn(fashion({"flip": {}}, mixed=both, again=both, unmixed={"augment": {"crop": {}, "flip": {}}}))
+    assert torch.equal(batch["image@mixed"], batch["image@again"])
+    assert torch.equal(batch["image"], drawn(fashion({"flip": {}}, other={}))["image"])
+    image, partner = batch["image@unmixed"], batch["image@unmixed"].roll(1, 0)
+    ratio = Randomness(0, 0, torch.arange(16)).uniform("mixup", 1, 1, 1)
+    torch.testing.assert_close(batch["image@mixed"], ratio * image + (1 - ratio) * partner)
 
 
 # --- models on views
@@ -337,3 +348,27 @@ def test_the_config_of_multi_level_distillation_has_a_plan() -> None:
         found.splits.train.fetch(range(8)), Randomness(0, 0, torch.arange(8))
     )
     assert batch["image@strong"].shape == batch["image"].shape
+
+
+def test_function_matching_shows_student_and_teacher_exactly_the_same_mixed_images() -> None:
+    config = load_mapping({"extends": str(Path(__file__).parent.parent / "configs" / "methods" / "funmatch.yaml")})
+    found = prepare(config, quiet())
+    assert found.plain is not None
+    assert set(found.plain.spec.losses) == {"ce"}
+    plan = build_plan(found, quiet(), trained=False)
+    calls = {call.name: call for call in plan.calls}
+    assert calls["student@mixed"].reads == calls["cnn@mixed"].reads == ("batch.image@mixed",)
+    assert not {"student", "cnn"} & set(calls)
+    index = torch.arange(8)
+    batch = found.dataset.on_device(found.splits.train.fetch(range(8)), Randomness(0, 0, index))
+    values: dict[str, Any] = {f"batch.{name}": value for name, value in batch.items()}
+    shown: list[Tensor] = []
+    for name in ("cnn@mixed", "student@mixed"):
+        call = calls[name]
+        assert isinstance(call, ModelCall)
+        call.module.register_forward_pre_hook(lambda _, given: shown.append(given[0]["image"].clone()))
+        call.run(values)
+    assert len(shown) == 2
+    assert torch.equal(shown[0], shown[1])
+    assert torch.equal(shown[0], batch["image@mixed"])
+    assert not torch.equal(shown[0], batch["image"])

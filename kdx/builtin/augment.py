@@ -1,7 +1,8 @@
 """Augmentations of images that run on the device for a whole batch, and draw from `Randomness` alone.
 
 Each is called with float images `[B, C, H, W]` in `0..1` and gives the same shape. What happens to an image depends
-on the seed, the view and the image's index only. None of them waits for the device.
+on the seed, the pass over the data and the image's index only, except where `mixes` says that other images of the batch
+come into it. None of them waits for the device.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,12 @@ from kdx.randomness import Randomness
 
 
 class Augmentation(ABC):
-    """One step of `data.augment`; its options are the fields of the dataclass."""
+    """One step of `data.augment`; its options are the fields of the dataclass.
+
+    One that `mixes` gives images that their labels no longer describe, so it may stand in a view alone.
+    """
+
+    mixes: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(self, images: Tensor, randomness: Randomness) -> Tensor: ...
@@ -153,6 +159,29 @@ class Rotate(Augmentation):
         return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
+@dataclass(frozen=True)
+class Mixup(Augmentation):
+    """Makes each image `r * image + (1 - r) * partner`, with `r` drawn evenly from `low` to `high` for each image.
+
+    The partner is the image before it in the batch, as the steps before this one left it. The result thus depends on
+    the seed, the pass over the data, and which samples share a batch, and that follows from the seed and the size of
+    the batch; with several processes the partner is one of the same process. (Zhang et al., ICLR 2018, where `r` is
+    from a beta distribution and the labels are mixed too; drawn evenly in Beyer et al., CVPR 2022.)
+    """
+
+    mixes: ClassVar[bool] = True
+    low: float = 0.0
+    high: float = 1.0
+
+    def __post_init__(self) -> None:
+        _within("low", self.low, 0, 1)
+        _within("high", self.high, self.low, 1)
+
+    def __call__(self, images: Tensor, randomness: Randomness) -> Tensor:
+        ratio = self.low + randomness.uniform("mixup", 1, 1, 1) * (self.high - self.low)
+        return torch.lerp(images.roll(1, 0), images, ratio.to(images))
+
+
 AUGMENTATIONS: dict[str, type[Augmentation]] = {
     "flip": Flip,
     "shift": Shift,
@@ -160,6 +189,7 @@ AUGMENTATIONS: dict[str, type[Augmentation]] = {
     "erase": Erase,
     "brightness_contrast": BrightnessContrast,
     "rotate": Rotate,
+    "mixup": Mixup,
 }
 
 

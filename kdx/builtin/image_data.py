@@ -15,6 +15,7 @@ from torch import Tensor
 from kdx.builtin.augment import Augmentation, read_augment
 from kdx.components import Dataset, Split
 from kdx.data import TensorSplit
+from kdx.errors import ConfigError
 from kdx.randomness import Randomness
 from kdx.types import Batch, DataFacts, StreamFacts
 
@@ -28,6 +29,7 @@ class ImageDataset(Dataset):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self._augment: tuple[Augmentation, ...] = read_augment(config.augment)
+        _check_labels_hold(config.augment, self._augment)
 
     @property
     @abstractmethod
@@ -72,6 +74,17 @@ class ImageDataset(Dataset):
             for augmentation in self._augment:
                 images = augmentation(images, randomness)
         return images
+
+
+def _check_labels_hold(options: Mapping[str, Any], augment: Iterable[Augmentation]) -> None:
+    """Refuse steps that mix images. A view may have them, for it is read by the losses that name it alone."""
+    for name, step in zip(options, augment, strict=True):
+        if step.mixes:
+            raise ConfigError(
+                f"data.augment.{name}: it mixes images, and a label stays that of the unmixed one; put it into a view, "
+                f"as in `data: {{views: {{mixed: {{augment: {{{name}: {{}}}}}}}}}}`, for losses without labels, "
+                "as in `inputs: {student: student@mixed.logits, teacher: teacher@mixed.logits}`"
+            )
 
 
 def to_unit(images: Tensor) -> Tensor:

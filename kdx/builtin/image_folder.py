@@ -32,6 +32,7 @@ class ImageFolder(ImageDataset):
     """
 
     name = "image_folder"
+    places = ("path",)
 
     @dataclass(frozen=True)
     class Config:

@@ -25,6 +25,7 @@ class TimmReader(ImageDataset):
     """
 
     name = "timm_reader"
+    places = ("root",)
 
     @dataclass(frozen=True)
     class Config:

@@ -56,6 +56,7 @@ class TorchvisionDataset(ImageDataset):
     """
 
     name = "torchvision"
+    places = ("root", "download")
 
     @dataclass(frozen=True)
     class Config:

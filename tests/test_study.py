@@ -1,0 +1,238 @@
+"""Facts of studies: what a file may say, what is refused before training, what is trained and what is concluded."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from scipy import stats
+from small_run import CASCADE, PLAIN, folders, quiet, run_in, write_config
+
+import kdx
+from kdx.cli import main
+from kdx.config import overlay
+from kdx.errors import ConfigError, KdxError
+from kdx.result import Point, Result, read_result
+from kdx.study import Outcome, plan_study, read_study
+from kdx.study_table import progress_line, remarks, study_csv, study_lines, study_markdown
+
+ABLATIONS = sorted((Path(kdx.__file__).parents[1] / "configs" / "ablations").glob("*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    write_config(Path("base.yaml"), CASCADE)
+
+
+def study(**given: Any) -> Path:
+    path = Path("study.yaml")
+    path.write_text(yaml.safe_dump({"base": "base.yaml", "seeds": [0, 1], **given}, sort_keys=False))
+    return path
+
+
+TWO = {"full": {}, "no_hint": {"losses": {"hint": None}}}
+
+
+def refusal(**given: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        plan_study(read_study(study(**given)), quiet())
+    return str(caught.value)
+
+
+# --- what a file says
+
+
+def test_variants_are_differences_and_null_removes() -> None:
+    trials, plans = plan_study(read_study(study(variants=TWO)), quiet())
+    assert [(trial.variant, trial.seed) for trial in trials] == [
+        ("full", 0),
+        ("no_hint", 0),
+        ("full", 1),
+        ("no_hint", 1),
+    ]
+    assert "losses.hint" in plans["full"]
+    assert "losses.hint" not in plans["no_hint"]
+
+
+def test_a_grid_adds_a_variant_for_each_combination() -> None:
+    grid = {"losses.kd.temperature": [1, 2], "train.updates": [3, 4]}
+    trials, _ = plan_study(read_study(study(grid=grid, seeds=[0])), quiet())
+    assert [trial.variant for trial in trials] == [
+        f"losses.kd.temperature={t}, train.updates={u}" for t in (1, 2) for u in (3, 4)
+    ]
+    assert [trial.config["losses"]["kd"]["temperature"] for trial in trials] == [1, 1, 2, 2]
+
+
+def test_pick_swaps_the_component() -> None:
+    grid = {"losses.kd": {"pick": ["kd", "dist"]}}
+    trials, _ = plan_study(read_study(study(grid=grid, seeds=[0])), quiet())
+    assert [trial.config["losses"]["kd"] for trial in trials][1] == {"use": "dist"}
+
+
+def test_a_variant_may_be_a_config_of_its_own() -> None:
+    write_config(Path("other.yaml"), CASCADE, {"losses": {"hint": None}})
+    found = read_study(study(variants={"full": {}, "other": "other.yaml"}))
+    assert [variant.path.name for variant in found.variants] == ["base.yaml", "other.yaml"]
+
+
+def test_configs_are_variants_by_the_names_of_their_files_without_the_base() -> None:
+    write_config(Path("other.yaml"), CASCADE, {"losses": {"hint": None}})
+    Path("study.yml").write_text("seeds: [0]\nconfigs: ['*.yaml']\n")
+    assert [variant.name for variant in read_study(Path("study.yml")).variants] == ["other"]
+
+
+@pytest.mark.parametrize("path", ABLATIONS, ids=lambda path: path.stem)
+def test_every_shipped_study_names_configs_that_load(path: Path) -> None:
+    found = read_study(path)
+    assert len(found.seeds) >= 3
+    assert found.reference in [variant.name for variant in found.variants]
+    if path.stem != "zoo":  # its configs are planned one by one in test_configs.py
+        plan_study(replace(found, seeds=(0,)), quiet())
+
+
+# --- what is refused
+
+
+def test_bad_studies_are_refused() -> None:
+    assert "seeds: there are none" in refusal(variants=TWO, seeds=[])
+    assert "names a seed twice" in refusal(variants=TWO, seeds=[1, 1])
+    assert "nothing to compare" in refusal()
+    assert "base: there is none" in refusal(variants=TWO, base=None)
+    assert "'sedes' is no part of a study; did you mean 'seeds'" in refusal(variants=TWO, sedes=[1])
+    assert "reference: no such variant 'ful'; did you mean 'full'" in refusal(variants=TWO, reference="ful")
+    assert "configs: no file fits" in refusal(configs=["nothing*.yaml"])
+    assert "expected differences or the path of a config" in refusal(variants={"full": 3})
+    assert "grid.train.updates: found 3" in refusal(grid={"train.updates": 3})
+
+
+def test_two_variants_that_are_the_same_run_are_refused() -> None:
+    same = {"full": {}, "again": {"losses": {"kd": {"temperature": 2.0}}}}
+    assert "the variants full and again are one and the same run" in refusal(variants=same)
+
+
+def test_a_name_that_stands_twice_is_refused() -> None:
+    write_config(Path("full.yaml"), CASCADE, {"losses": {"hint": None}})
+    assert "two variants are called 'full'" in refusal(variants={"full": {}}, configs=["full.yaml"])
+
+
+def test_a_variant_that_does_not_fit_is_named_before_anything_trains() -> None:
+    with pytest.raises(KdxError, match=r"variant wrong: losses\.kd\.temprature"):
+        plan_study(read_study(study(variants={"full": {}, "wrong": {"losses": {"kd": {"temprature": 1}}}})), quiet())
+    assert folders(Path("runs")) == []
+
+
+# --- what is trained
+
+
+def test_a_study_trains_each_trial_once_and_shares_teachers_and_plain_students(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = str(study(variants=TWO))
+    assert main(["ablate", path]) == 0
+    assert "no_hint" in capsys.readouterr().out
+    assert folders(Path("runs")).count("study") == 4
+    assert folders(Path("runs")).count("study_plain") == 2
+    assert folders(Path("runs")).count("wide") == 1
+    rows = [*csv.DictReader(Path("runs/study_study/table.csv").read_text().splitlines())]
+    alone = run_in(Path("alone"), CASCADE, {"losses": {"hint": None}, "seed": 1})
+    assert float(rows[3]["test_last"]) == alone.result.last.test["accuracy"]
+    before = {file: file.stat().st_mtime_ns for file in Path("runs").glob("*/student.safetensors")}
+    assert main(["ablate", path, "--seeds", "0,1,2"]) == 0
+    assert all(file.stat().st_mtime_ns == time for file, time in before.items())
+    assert folders(Path("runs")).count("study") == 6
+
+
+def test_a_trial_that_fails_is_reported_and_the_others_go_on(capsys: pytest.CaptureFixture[str]) -> None:
+    write_config(Path("base.yaml"), PLAIN)
+    variants = {"works": {}, "breaks": {"losses": {"bad": {"use": "breaking"}}}}
+    plugin = Path("breaking.py")
+    plugin.write_text(BREAKING)
+    layer = {"plugins": [*PLAIN["plugins"], str(plugin.resolve())]}
+    write_config(Path("base.yaml"), overlay(PLAIN, layer))
+    assert main(["ablate", str(study(variants=variants, seeds=[0]))]) == 1
+    assert "breaks, seed 0: RuntimeError: it broke" in capsys.readouterr().out
+    assert folders(Path("runs")).count("study") == 2
+
+
+BREAKING = """
+import kdx
+
+
+class Breaking(kdx.Loss):
+    name = "breaking"
+    inputs = {"student": "student.logits"}
+
+    def forward(self, student):
+        if self.training and student.requires_grad and len(student) > 2:
+            raise RuntimeError("it broke")
+        return student.mean()
+
+
+@kdx.hookimpl
+def kdx_losses():
+    return [Breaking]
+"""
+
+
+def test_explain_shows_only_what_differs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ablate", str(study(variants=TWO)), "--explain"]) == 0
+    text = capsys.readouterr().out
+    difference = text.partition("--- no_hint")[2]
+    assert "losses.hint" in difference
+    assert "losses.kd" not in difference
+    assert folders(Path("runs")) == []
+
+
+# --- what is concluded
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Result:
+    return read_result(run_in(tmp_path / "made", PLAIN).folder)
+
+
+def outcome(made: Result, variant: str, seed: int, best: float, last: float) -> Outcome:
+    result = replace(
+        made, seed=seed, best=Point(1, 1, {}, {"accuracy": best}), last=Point(2, 2, {}, {"accuracy": last})
+    )
+    return Outcome(variant, seed, "folder", result)
+
+
+def test_the_lines_hold_means_spreads_and_paired_tests(made: Result) -> None:
+    scores = {"a": (0.5, 0.6, 0.7), "b": (0.6, 0.72, 0.79), "c": (0.5, 0.61, 0.68)}
+    outcomes = [outcome(made, name, seed, v, v - 0.1) for name, vs in scores.items() for seed, v in enumerate(vs)]
+    first, second, third = study_lines(outcomes, "a")
+    assert first.best is not None
+    assert first.best.mean == pytest.approx(0.6)
+    assert first.best.std == pytest.approx(0.1)
+    assert first.difference is None
+    assert second.difference is not None
+    assert second.difference.mean == pytest.approx(0.31 / 3)
+    assert second.last is not None
+    assert second.last.mean == pytest.approx(0.6033333333)
+    p = [float(stats.ttest_rel(scores[name], scores["a"]).pvalue) for name in ("b", "c")]
+    assert second.p == pytest.approx(min(2 * p[0], max(p)))
+    assert third.p == pytest.approx(p[1])
+
+
+def test_one_seed_concludes_nothing(made: Result) -> None:
+    lines = study_lines([outcome(made, name, 0, 0.5, 0.5) for name in "ab"], "a")
+    assert lines[1].p is None
+    assert lines[1].best is not None
+    assert lines[1].best.std is None
+    assert any("no difference can be told from chance" in remark for remark in remarks(lines, "a"))
+
+
+def test_tables_hold_every_variant_and_the_reason_of_a_failure(made: Result) -> None:
+    outcomes = [outcome(made, "a", 0, 0.5, 0.4), Outcome("b", 0, "folder", None, "it broke")]
+    text = study_markdown("study", study_lines(outcomes, "a"), "a")
+    assert "| a | 1 | 50.00 | 40.00 |" in text
+    assert "b, seed 0: it broke" in text
+    assert study_csv(outcomes).splitlines()[2].endswith("it broke")
+    assert progress_line(outcomes, 4, 90.0) == "[2/4] b, seed 0: it broke; best so far a 50.00; about 1 min 30 s left"
