@@ -183,6 +183,7 @@ def _ablate(options: argparse.Namespace) -> int:
     study = read_study(options.study)
     if options.seeds is not None:
         study = replace(study, seeds=tuple(seed for seed in _seeds(options.seeds) if seed is not None))
+    notes.print(f"{study.name}: checking the plans of {len(study.variants)} variants", markup=False, highlight=False)
     trials, plans = plan_study(study, how, options.overrides)
     if options.explain:
         for variant, text in plan_differences(plans):

@@ -23,6 +23,7 @@ from kdx.derive import expand_runs
 from kdx.plugins import Registry, discover
 from kdx.runs import Options, build_plan, prepare
 from kdx.spec import check
+from kdx.study import plan_study, read_study
 
 ROOT = Path(kdx.__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -151,6 +152,12 @@ def test_python_blocks_run(page: Path, folder: Path, monkeypatch: pytest.MonkeyP
 def test_yaml_blocks_make_a_plan(block: Block, folder: Path) -> None:
     given = yaml.safe_load(block.text)
     write_files(block.page, folder)
+    if "variants" in given:
+        base = ROOT / "configs" / "ablations" / given["base"]
+        (folder / "study.yaml").write_text(yaml.safe_dump({**given, "base": str(base)}, sort_keys=False))
+        _, plans = plan_study(read_study(folder / "study.yaml"), Options(quiet=True))
+        assert set(plans) >= set(given["variants"])
+        return
     if "train" not in given:  # a part of a config
         given = overlay({"extends": str(BASE)}, given)
         config = load_mapping(given, folder)
