@@ -100,6 +100,12 @@ def _parser() -> argparse.ArgumentParser:
         "--explain", action="store_true", help="show the first plan, and how those of the others differ; train nothing"
     )
 
+    report = add(
+        "report", _report, "Write the report of a finished run anew, or compare several finished runs.",
+        "Example: kdx report runs/full-* runs/no_hint-*",
+    )  # fmt: skip
+    report.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="the folder of a finished run")
+
     explain = add("explain", _explain, "Show the plan of a config: what is built, what reads what, which shapes.")
     _config_arguments(explain)
     explain.add_argument(
@@ -203,6 +209,24 @@ def _ablate(options: argparse.Namespace) -> int:
     out.print(study_table(study.name, study_lines(outcomes, study.reference), study.reference))
     out.print(f"table: {folder / 'table.md'}", markup=False, highlight=False, soft_wrap=True)
     return FAILED if any(outcome.result is None for outcome in outcomes) else 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from kdx.report import summary_table, write_report
+    from kdx.result import read_result
+    from kdx.study import read_outcomes
+    from kdx.study_table import study_lines, study_table
+
+    out = Console()
+    if len(options.folders) == 1:
+        path = write_report(options.folders[0])
+        out.print(summary_table(read_result(options.folders[0])))
+        out.print(f"report: {path}", markup=False, highlight=False, soft_wrap=True)
+        return 0
+    outcomes = read_outcomes(options.folders)
+    reference = outcomes[0].variant
+    out.print(study_table(f"{len(outcomes)} runs", study_lines(outcomes, reference), reference))
+    return 0
 
 
 def _dry_run(prepared: Prepared, how: Any, out: Console) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from kdx.config import absolute_paths, load, overlay, read_yaml
 from kdx.errors import ConfigError, KdxError, did_you_mean
 from kdx.options import read_options
-from kdx.result import Result
+from kdx.result import Result, read_result
 from kdx.runs import Options, Prepared, Stopped, carry_out, check_run, family, finished, prepare
 from kdx.table import plan_text
 
@@ -151,6 +151,33 @@ def carry_out_study(
     return outcomes
 
 
+def read_outcomes(folders: Sequence[Path]) -> list[Outcome]:
+    """The outcomes in the folders of finished runs; runs of one name with different seeds are one variant.
+
+    Where a name and a seed occur twice, the variants are the folders themselves. Raises `ConfigError` for runs that
+    cannot be compared, as they differ in their data or in the number of updates.
+    """
+    found = [(folder, read_result(folder)) for folder in folders]
+    (first_folder, first), *others = found
+    for folder, result in others:
+        for what, mine, own in (
+            ("classes", first.classes, result.classes),
+            ("the number of training samples", first.seen, result.seen),
+            ("the number of labels", first.labelled, result.labelled),
+            ("the number of updates", first.last.step, result.last.step),
+        ):
+            if mine != own:
+                raise ConfigError(
+                    f"{folder.name} cannot be compared with {first_folder.name}: they differ in {what} "
+                    f"({_short(own)} against {_short(mine)})"
+                )
+    keys = [(result.name, result.seed) for _, result in found]
+    by_name = len(set(keys)) == len(keys)
+    return [
+        Outcome(result.name if by_name else folder.name, result.seed, folder.name, result) for folder, result in found
+    ]
+
+
 def plan_differences(plans: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     """The plan of the first variant, then of each other one how it differs from that, as (variant, text)."""
     (first, whole), *others = plans.items()
@@ -167,6 +194,10 @@ def _checked_plan(prepared: Prepared, options: Options, checked: set[Path]) -> s
             check_run(one, how)
             checked.add(one.folder)
     return plan_text(check_run(prepared, options))
+
+
+def _short(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _named(options: StudyOptions, path: Path) -> list[Variant]:

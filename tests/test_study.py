@@ -17,7 +17,7 @@ from kdx.cli import main
 from kdx.config import overlay
 from kdx.errors import ConfigError, KdxError
 from kdx.result import Point, Result, read_result
-from kdx.study import Outcome, plan_study, read_study
+from kdx.study import Outcome, plan_study, read_outcomes, read_study
 from kdx.study_table import progress_line, remarks, study_csv, study_lines, study_markdown
 
 ABLATIONS = sorted((Path(kdx.__file__).parents[1] / "configs" / "ablations").glob("*.yaml"))
@@ -236,3 +236,40 @@ def test_tables_hold_every_variant_and_the_reason_of_a_failure(made: Result) -> 
     assert "b, seed 0: it broke" in text
     assert study_csv(outcomes).splitlines()[2].endswith("it broke")
     assert progress_line(outcomes, 4, 90.0) == "[2/4] b, seed 0: it broke; best so far a 50.00; about 1 min 30 s left"
+
+
+# --- any finished runs
+
+
+def test_runs_of_one_name_are_one_variant_and_the_first_is_the_reference(capsys: pytest.CaptureFixture[str]) -> None:
+    layers = [{"name": name, "seed": seed} for name in ("one", "two") for seed in (0, 1)]
+    found = [run_in(Path("made"), PLAIN, layer, {"train": {"lr": 0.01 * (layer["name"] == "two") + 0.05}})
+             for layer in layers]  # fmt: skip
+    outcomes = read_outcomes([run.folder for run in found])
+    assert [(outcome.variant, outcome.seed) for outcome in outcomes] == [("one", 0), ("one", 1), ("two", 0), ("two", 1)]
+    assert main(["report", *(str(run.folder) for run in found)]) == 0
+    assert "the difference from one" in " ".join(capsys.readouterr().out.split())
+
+
+def test_runs_with_one_name_and_seed_are_told_apart_by_their_folders() -> None:
+    found = [run_in(Path("made"), PLAIN, {"train": {"lr": lr}}).folder for lr in (0.1, 0.2)]
+    assert [outcome.variant for outcome in read_outcomes(found)] == [folder.name for folder in found]
+
+
+def test_runs_with_other_budgets_or_data_are_not_compared() -> None:
+    first = run_in(Path("made"), PLAIN).folder
+    longer = run_in(Path("made"), PLAIN, {"train": {"updates": 9}}).folder
+    fewer = run_in(Path("made"), PLAIN, {"data": {"labelled": 4}}).folder
+    with pytest.raises(ConfigError, match=r"they differ in the number of updates \(9 against 6\)"):
+        read_outcomes([first, longer])
+    with pytest.raises(ConfigError, match="they differ in the number of labels"):
+        read_outcomes([first, fewer])
+
+
+def test_the_report_of_one_run_is_written_anew(capsys: pytest.CaptureFixture[str]) -> None:
+    folder = run_in(Path("made"), PLAIN).folder
+    (folder / "report.html").unlink()
+    assert main(["report", str(folder)]) == 0
+    assert (folder / "report.html").is_file()
+    assert main(["report", "nowhere"]) == 2
+    assert "there is no such file" in capsys.readouterr().err
