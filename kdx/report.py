@@ -55,7 +55,7 @@ def summary_table(result: Result | Mapping[str, Any]) -> Table:
     """The comparison of one run for the terminal; takes a `Result` or the content of a `result.json`."""
     result = result if isinstance(result, Result) else from_dict(result)
     caption = " ".join(filter(None, (gain_sentence(result), *label_sentences(result))))
-    table = _table(f"{result.name}, test split", caption)
+    table = table_with(f"{result.name}, test split", caption)
     table.add_column("")
     for head in ("labels", "accuracy", "macro F1", "params", "mult-adds", "CPU"):
         table.add_column(head, justify="right")
@@ -140,7 +140,7 @@ def _comparison_table(first: Result, data: Mapping[str, Any]) -> Table:
         f"{' '.join(label_sentences(first))}"
     )
     title = f"{first.name}: test accuracy over {len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
-    table = _table(title, caption)
+    table = table_with(title, caption)
     table.add_column("epoch")
     for head in ("plain", "distilled", "distilled - plain"):
         table.add_column(head, justify="right")
@@ -174,7 +174,8 @@ def _cost(size: Size) -> list[str]:
     return [count(size.parameters), count(size.multiply_adds), milliseconds(size.latency_ms)]
 
 
-def _table(title: str, caption: str) -> Table:
+def table_with(title: str, caption: str) -> Table:
+    """An empty table as all of kdx's comparisons look."""
     layout: dict[str, Any] = {"title_justify": "left", "caption_justify": "left", "box": SIMPLE_HEAD, "pad_edge": False}
     return Table(title=Text(title), caption=Text(caption), **layout)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kdx.config import absolute_paths, load, overlay, read_yaml
+from kdx.config import absolute_paths, load, overlay, parse_override, read_yaml
 from kdx.errors import ConfigError, KdxError, did_you_mean
 from kdx.options import read_options
 from kdx.result import Result, read_result
@@ -77,12 +77,7 @@ class Outcome:
 
 def read_study(path: Path) -> Study:
     """The study in a YAML file; raises `ConfigError` for names that stand twice, and for seeds or variants missing."""
-    given = read_yaml(path)
-    known = StudyOptions.__dataclass_fields__
-    for key in given:
-        if key not in known:
-            raise ConfigError(f"{path.name}: {key!r} is no part of a study; {did_you_mean(key, known)}")
-    options = read_options(StudyOptions, given, path.name)
+    options = read_options(StudyOptions, read_yaml(path), path.stem)
     if not options.seeds:
         raise ConfigError(f"{path.name}: seeds: there are none; say which, as in `seeds: [0, 1, 2]`")
     if len(set(options.seeds)) < len(options.seeds):
@@ -112,6 +107,7 @@ def plan_study(study: Study, options: Options, overrides: Sequence[str] = ()) ->
         for variant in study.variants:
             layers: list[Any] = [*variant.layers, *overrides, {"seed": seed, "name": study.name}]
             try:
+                _check_own_keys(layers[:-1])
                 trials.append(Trial(variant.name, seed, load(variant.path, layers)))
                 if seed == study.seeds[0]:  # other seeds have the same plans
                     prepared = prepare(trials[-1].config, options)
@@ -133,11 +129,10 @@ def carry_out_study(
     outcomes: list[Outcome] = []
     spent: list[float] = []
     for number, trial in enumerate(trials, 1):
-        began = time.perf_counter()
-        prepared = prepare(trial.config, options)
-        folder = prepared.folder.name
-        is_new = options.fresh or not finished(prepared)
+        began, folder, is_new = time.perf_counter(), "", True
         try:
+            prepared = prepare(trial.config, options)
+            folder, is_new = prepared.folder.name, options.fresh or not finished(prepared)
             outcome = Outcome(trial.variant, trial.seed, folder, carry_out(prepared, options))
         except Stopped:
             raise
@@ -194,6 +189,13 @@ def _checked_plan(prepared: Prepared, options: Options, checked: set[Path]) -> s
             check_run(one, how)
             checked.add(one.folder)
     return plan_text(check_run(prepared, options))
+
+
+def _check_own_keys(layers: Sequence[str | Mapping[str, Any]]) -> None:
+    for layer in layers:
+        for key, own in (("seed", "seeds"), ("name", "name")):
+            if key in (parse_override(layer) if isinstance(layer, str) else layer):
+                raise ConfigError(f"{key}: no difference can change it; the study says it for all, as `{own}`")
 
 
 def _short(value: object) -> str:

@@ -8,11 +8,11 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from scipy import stats
 
 from kdx.formats import NONE, duration, percent
+from kdx.report import table_with
 from kdx.result import Result
 from kdx.standings import gain
 from kdx.study import Outcome
@@ -84,8 +84,7 @@ def study_lines(outcomes: Sequence[Outcome], reference: str) -> list[Line]:
 
 def study_table(title: str, lines: Sequence[Line], reference: str) -> Table:
     """The lines for the terminal."""
-    table = Table(title=title, caption=" ".join(remarks(lines, reference)), title_justify="left",
-                  caption_justify="left", box=SIMPLE_HEAD, pad_edge=False)  # fmt: skip
+    table = table_with(title, " ".join(remarks(lines, reference)))
     for head in HEADS:
         table.add_column(head, justify="left" if head == "variant" else "right")
     for line in lines:

@@ -104,11 +104,17 @@ def test_bad_studies_are_refused() -> None:
     assert "names a seed twice" in refusal(variants=TWO, seeds=[1, 1])
     assert "nothing to compare" in refusal()
     assert "base: there is none" in refusal(variants=TWO, base=None)
-    assert "'sedes' is no part of a study; did you mean 'seeds'" in refusal(variants=TWO, sedes=[1])
+    assert "study.sedes: unknown option; did you mean 'seeds'" in refusal(variants=TWO, sedes=[1])
     assert "reference: no such variant 'ful'; did you mean 'full'" in refusal(variants=TWO, reference="ful")
     assert "configs: no file fits" in refusal(configs=["nothing*.yaml"])
     assert "expected differences or the path of a config" in refusal(variants={"full": 3})
     assert "grid.train.updates: found 3" in refusal(grid={"train.updates": 3})
+
+
+def test_seed_and_name_are_those_of_the_study() -> None:
+    assert "variant other: seed: no difference can change it" in refusal(variants={"full": {}, "other": {"seed": 3}})
+    with pytest.raises(ConfigError, match="name: no difference can change it"):
+        plan_study(read_study(study(variants=TWO)), quiet(), ["name=mine"])
 
 
 def test_two_variants_that_are_the_same_run_are_refused() -> None:
