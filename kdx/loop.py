@@ -19,10 +19,10 @@ from kdx.calls import Key
 from kdx.components import Dataset, Metric, Network, Schedule, Updater
 from kdx.data import Loader, Splits, View, in_order
 from kdx.deploy import deployed
+from kdx.feed import Feed
 from kdx.modules import Average, Knobs, Learner, Teachers, overrides, trained
 from kdx.optim import make_optimizer, set_lr
 from kdx.plan import Plan, without_trace
-from kdx.randomness import Randomness
 from kdx.runtime import Runtime
 from kdx.spec import Part, RunSpec
 from kdx.types import Batch, Clock, DataFacts, EvalReport, StepReport
@@ -45,6 +45,7 @@ class Session:
     knobs: Knobs
     updater: Updater
     loader: Loader
+    feed: Feed
     average: Average | None
     steps: int
     steps_per_epoch: int
@@ -93,8 +94,8 @@ def make_session(spec: RunSpec, plan: Plan, dataset: Dataset, splits: Splits, ru
     average = Average(network, options.ema) if options.ema is not None else None
     knobs = Knobs(plan, runtime.device)
     return Session(
-        spec, plan, dataset, splits, runtime, teachers, learner, network, knobs, updater, loader, average, steps,
-        steps_per_epoch,
+        spec, plan, dataset, splits, runtime, teachers, learner, network, knobs, updater, loader,
+        Feed(loader, dataset, runtime, spec.root.seed), average, steps, steps_per_epoch,
     )  # fmt: skip
 
 
@@ -114,12 +115,20 @@ def highest(lr: float | Schedule, steps_per_epoch: int, steps: int) -> float:
 
 def train(session: Session, watchers: Watchers) -> None:
     """Train from where the session stands to its end, or until `watchers.stop` says so."""
+    for _ in training(session, watchers):
+        pass
+
+
+def training(session: Session, watchers: Watchers) -> Iterator[None]:
+    """As `train`, with a pause before each update, in which another session may have its turn."""
     if session.step == 0:
         calibrate(session)
     session.learner.train()
     nodes = (*session.teachers.nodes.values(), *session.learner.nodes.values())
     changers = [node for node in nodes if overrides(node, "after_update")]  # type: ignore[arg-type]
-    for batch in batches(session):
+    while session.step < session.steps:
+        yield
+        batch = session.feed.at(session.step)
         clock = session.clock
         knobs = session.knobs.at(clock)
         lr = session.schedule()
@@ -139,19 +148,6 @@ def train(session: Session, watchers: Watchers) -> None:
             watchers.save(session)
             if watchers.stop():
                 return
-
-
-def batches(session: Session) -> Iterator[Batch]:
-    """The batches that are still to come, on the device, augmented. Each pass over the samples is a view of its own."""
-    per_pass = session.loader.steps_per_epoch
-    while session.step < session.steps:
-        view, start = divmod(session.step, per_pass)
-        source = iter(session.loader.epoch(view + 1, start))
-        while session.step < min(session.steps, (view + 1) * per_pass):
-            with session.runtime.stopwatch.phase("data"):
-                batch = session.runtime.move(next(source))
-                batch = session.dataset.on_device(batch, Randomness(session.spec.root.seed, view, batch["index"]))
-            yield batch
 
 
 def step(session: Session, batch: Batch, knobs: Mapping[Key, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -33,7 +33,8 @@ LAYERS = """
     reach
     plan identity
     modules runtime table deploy plots report_text
-    loop student report
+    feed student report
+    loop
     outcome resume preflight derive
     runs
     api init reference study
