@@ -6,9 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from kdx.config import load_mapping
 from kdx.data import Splits
 from kdx.errors import ConfigError
+from kdx.identity import network_digest
 from kdx.loop import length
 from kdx.reach import base_of
 from kdx.spec import NodeSpec, RunSpec
@@ -79,7 +82,8 @@ def plain_config(spec: RunSpec, models: list[str], splits: Splits) -> dict[str, 
         losses = {"ce": {"use": "cross_entropy"}}
     if len(losses) == 1:
         losses = {name: {key: part[key] for key in part if key != "weight"} for name, part in losses.items()}
-    config = {key: value for key, value in spec.config.items() if key not in ("teachers", "targets", "align", "losses")}
+    own = ("title", "teachers", "targets", "align", "losses")
+    config = {key: value for key, value in spec.config.items() if key not in own}
     config["losses"] = losses
     config["align"] = {name: value for name, value in (spec.config.get("align") or {}).items() if name not in needy}
     config["name"] = f"{spec.root.name}_plain"
@@ -109,3 +113,20 @@ def _needy(spec: RunSpec) -> set[str]:
         if grown == needy:
             return needy
         needy = grown
+
+
+def with_networks(config: Mapping[str, Any], networks: Mapping[str, nn.Module]) -> dict[str, Any]:
+    """Put sections for modules that were handed in; what a section says besides its component stays."""
+    config = dict(config)
+    teachers = dict(config.get("teachers") or {})
+    for name, net in networks.items():
+        section = config.get("student") if name == "student" else teachers.get(name)
+        kept = {key: value for key, value in (section or {}).items() if key in ("input", "taps", "trainable")}
+        section = {"use": "module", "digest": network_digest(net), **kept}
+        if name == "student":
+            config["student"] = section
+        else:
+            teachers[name] = section
+    if teachers:
+        config["teachers"] = teachers
+    return config

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Self
 
 import torch
@@ -50,6 +50,8 @@ class Teachers(nn.Module):
     def __init__(self, plan: Plan) -> None:
         super().__init__()
         self._calls: tuple[Call, ...] = plan.teacher_calls
+        self._live = self._calls
+        self._source: Callable[[Batch], Values] | None = None
         self._kept = plan.kept
         self.models = nn.ModuleDict(_models(plan.teacher_calls))
         self.nodes = nn.ModuleDict(_nodes(plan.teacher_calls))
@@ -59,13 +61,20 @@ class Teachers(nn.Module):
         """Ignored: nothing puts a frozen teacher into training mode by accident."""
         return self
 
+    def share(self, source: Callable[[Batch], Values], names: Container[str]) -> None:
+        """Take what the models `names` give for a batch from `source`, which runs them for several learners at once."""
+        self._source = source
+        self._live = tuple(call for call in self._calls if call.name not in names)
+
     @torch.no_grad()
     def forward(self, batch: Batch, knobs: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
         """The kept tensors for a batch."""
         if not self._calls:
             return {}
         values = _start(batch, knobs)
-        execute(self._calls, values)
+        if self._source is not None:
+            values.update(self._source(batch))
+        execute(self._live, values)
         return {key: values[key] for key in self._kept}
 
     @torch.no_grad()

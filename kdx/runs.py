@@ -6,7 +6,7 @@ import copy
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -23,11 +23,11 @@ from kdx.components import Dataset, Network
 from kdx.config import to_yaml
 from kdx.data import SplitOptions, Splits, make_splits
 from kdx.deploy import check_answer
-from kdx.derive import expand_runs, plain_config
+from kdx.derive import expand_runs, plain_config, with_networks
 from kdx.errors import CheckpointError, ConfigError, KdxError
 from kdx.files import write_text
-from kdx.identity import environment, network_digest, run_hash
-from kdx.loop import Session, Watchers, make_session, train
+from kdx.identity import environment, run_hash
+from kdx.loop import Session, Watchers, make_session, training
 from kdx.options import plain_options
 from kdx.outcome import conclude, run_row
 from kdx.plan import Plan, make_plan
@@ -67,6 +67,8 @@ class Options:
     stop: Callable[[], bool] = field(default=lambda: False)
     trained: set[Path] = field(default_factory=set)
     """The folders that were trained already: `fresh` trains each of them once."""
+    join: Callable[[Session], None] = field(default=lambda session: None)
+    """Called with a session before it trains; runs that train side by side share there what they read."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def prepare(
     given = to_yaml(config) if given is None else given
     config = expand_runs(config)
     if options.networks:
-        config = _with_networks(config, options.networks)
+        config = with_networks(config, options.networks)
     if options.data is not None:
         kept = {"views", *(item.name for item in fields(SplitOptions))}
         data = config.get("data") or {}
@@ -171,8 +173,19 @@ def carry_out(prepared: Prepared, options: Options) -> Result:
     for one, how in family(prepared, options):  # whatever can be refused is refused before anything trains
         if options.fresh or not finished(one):
             check_run(one, how)
-    results = [_take_or_train(one, how) for one, how in family(prepared, options)]
-    return results[-1]
+    for one, how in family(prepared, options):
+        result = to_its_end(steps_of(one, how))
+    return result
+
+
+def to_its_end(steps: Generator[None, None, Result]) -> Result:
+    """Go through all pauses of a run."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            result: Result = end.value
+            return result
 
 
 def check_run(prepared: Prepared, options: Options) -> Plan:
@@ -199,7 +212,8 @@ def family(prepared: Prepared, options: Options) -> Iterator[tuple[Prepared, Opt
     return walk(prepared, options)
 
 
-def _take_or_train(prepared: Prepared, options: Options) -> Result:
+def steps_of(prepared: Prepared, options: Options) -> Generator[None, None, Result]:
+    """Take a run as it is or train it, without those that it needs, and pause before each of its updates."""
     folder = prepared.folder
     with locked(folder, options.console):
         if options.fresh and folder not in options.trained:
@@ -208,7 +222,7 @@ def _take_or_train(prepared: Prepared, options: Options) -> Result:
             _say(options, f"{folder.name}: finished before, taken as it is")
             return _completed(prepared)
         with _own_randomness(prepared.spec.root.seed):
-            result = _train(prepared, options)
+            result = yield from _train(prepared, options)
         options.trained.add(folder)
         return result
 
@@ -216,9 +230,11 @@ def _take_or_train(prepared: Prepared, options: Options) -> Result:
 def _completed(prepared: Prepared) -> Result:
     """The result in the folder, with all that an earlier process did not come to, or was not asked for."""
     folder, plain = prepared.folder, prepared.plain
-    result = read_result(folder)
+    found = read_result(folder)
+    result = replace(found, name=prepared.spec.root.shown_name)
     if plain is not None and result.plain is None:
         result = replace(result, plain=run_row(plain.folder, read_result(plain.folder)))
+    if result != found:
         write_result(folder, result)
         write_report(folder)
     elif not (folder / "report.html").is_file():
@@ -235,13 +251,32 @@ def finished(prepared: Prepared) -> bool:
     return result.hash == prepared.hash and result.status == "finished" and (prepared.folder / STUDENT).is_file()
 
 
-def _train(prepared: Prepared, options: Options) -> Result:
+class _Worked:
+    """Seconds of work on a run, without its pauses."""
+
+    def __init__(self) -> None:
+        self.before = 0.0
+        self._began = time.perf_counter()
+
+    def seconds(self) -> float:
+        return self.before + time.perf_counter() - self._began
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do not count the block."""
+        left = time.perf_counter()
+        yield
+        self._began += time.perf_counter() - left
+
+
+def _train(prepared: Prepared, options: Options) -> Generator[None, None, Result]:
     """Train a run from where it stands, and write everything that it leaves."""
-    began = time.perf_counter()
+    worked = _Worked()
     spec, folder = prepared.spec, prepared.folder
     runtime = Runtime(spec.runtime)
     plan = build_plan(prepared, options, trained=True, device=runtime.device)
     session = make_session(spec, plan, prepared.dataset, prepared.splits, runtime)
+    options.join(session)
     write_text(folder / "config.given.yaml", prepared.given)
     write_text(folder / "config.yaml", to_yaml(full_config(spec)))
     write_text(folder / "plan.txt", plan_text(plan))
@@ -256,10 +291,9 @@ def _train(prepared: Prepared, options: Options) -> Result:
     )
     write_text(folder / "environment.json", json.dumps(about, indent=2) + "\n")
     state = load_state(folder / CHECKPOINT)
-    spent = 0.0
     if state is not None:
         restore(session, state, str(folder / CHECKPOINT))
-        spent = state["seconds"]
+        worked.before = state["seconds"]
         _say(options, f"{folder.name}: goes on after update {session.step} of {session.steps}")
     info = RunInfo(
         spec.root.name, folder, prepared.hash, spec.config, session.steps, session.steps_per_epoch, session.step
@@ -269,7 +303,7 @@ def _train(prepared: Prepared, options: Options) -> Result:
 
     def save(session: Session) -> None:
         lines.flush()
-        save_state(folder / CHECKPOINT, training_state(session, spent + time.perf_counter() - began))
+        save_state(folder / CHECKPOINT, training_state(session, worked.seconds()))
 
     def improved(session: Session) -> None:
         save_weights(session.student.net, folder / CHECKPOINT / BEST)
@@ -279,7 +313,9 @@ def _train(prepared: Prepared, options: Options) -> Result:
         compile_hook(spec.registry, "kdx_run_start")(info)
         try:
             if session.step < session.steps:
-                train(session, Watchers(step_end, eval_end, improved, save, options.stop))
+                for _ in training(session, Watchers(step_end, eval_end, improved, save, options.stop)):
+                    with worked.paused():
+                        yield
         finally:
             compile_hook(spec.registry, "kdx_run_end")(info)
     if session.step < session.steps:
@@ -291,7 +327,7 @@ def _train(prepared: Prepared, options: Options) -> Result:
         hash=prepared.hash,
         needs={name: (need.folder, read_result(need.folder)) for name, need in prepared.needs.items()},
         plain=None if prepared.plain is None else (prepared.plain.folder, read_result(prepared.plain.folder)),
-        seconds=spent + time.perf_counter() - began,
+        seconds=worked.seconds(),
     )
     write_result(folder, result)
     write_report(folder)
@@ -347,23 +383,6 @@ def _make_dataset(spec: RunSpec, given: Dataset | None) -> Dataset:
     named: Mapping[str, Any] = spec.config.get("data", {}).get("views") or {}
     options = {name: plain_options(view.options) for name, view in spec.views.items()}
     return with_views(dataset, {name: {key: own[key] for key in named[name] or {}} for name, own in options.items()})
-
-
-def _with_networks(config: dict[str, Any], networks: Mapping[str, nn.Module]) -> dict[str, Any]:
-    """Put sections for modules that were handed in; what a section says besides its component stays."""
-    config = dict(config)
-    teachers = dict(config.get("teachers") or {})
-    for name, net in networks.items():
-        section = config.get("student") if name == "student" else teachers.get(name)
-        kept = {key: value for key, value in (section or {}).items() if key in ("input", "taps", "trainable")}
-        section = {"use": "module", "digest": network_digest(net), **kept}
-        if name == "student":
-            config["student"] = section
-        else:
-            teachers[name] = section
-    if teachers:
-        config["teachers"] = teachers
-    return config
 
 
 def _copies(networks: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
