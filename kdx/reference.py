@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import itertools
 import re
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import fields
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,12 @@ What a config can name with `use:`. `kdx plugins NAME` shows the same for one co
 _METHODS_INTRODUCTION = """\
 The losses and targets that come as plugins: where they are from, what they read, what they are set to, and what they
 train besides the student. What they read is a default that `inputs` changes; *both* stands for student and teacher. A
-method's name leads to its config, a short run on the shipped images; [components](components.md) says more of each."""
+method's name leads to its config, a short run on the shipped images; [components](components.md) says more of each.
+
+*Held by* says how sure it is that a method computes what its source says: *values*, numbers made with public code (of the
+authors or of a benchmark) are met; *code*, it was written after public code; *paper*, after the description alone."""
+_RECIPES = """\
+Configs of methods that need no component of their own: what is new in them is how parts are put together."""
 _SOURCE = re.compile(r"\(([^()]*\b(?:19|20)\d\d\b[^()]*)\)")
 """Authors, venue and year in a docstring."""
 _OWN = "A rule of kdx itself"
@@ -78,8 +83,11 @@ def components_page(registry: Registry) -> str:
     return "\n".join(lines)
 
 
-def methods_page(registry: Registry, configs: Collection[str] = ()) -> str:
-    """One row for each loss and target of the shipped plugins; `configs` names those that a config shows."""
+def methods_page(registry: Registry, configs: Mapping[str, str], results: str = "") -> str:
+    """One row for each loss and target of the shipped plugins, then the recipes, then `results` as Markdown.
+
+    `configs` maps the names of those that a config shows to the comment at its head.
+    """
     lines = [_NOTE, "# Methods", "", _METHODS_INTRODUCTION, ""]
     entries = [
         entry
@@ -88,22 +96,30 @@ def methods_page(registry: Registry, configs: Collection[str] = ()) -> str:
         if entry.component.__module__.startswith("kdx_plugins.")
     ]
     entries.sort(key=lambda entry: entry.component.__module__)
-    for module, group in groupby(entries, key=lambda entry: str(entry.component.__module__)):
+    for module, group in itertools.groupby(entries, key=lambda entry: str(entry.component.__module__)):
         lines += [f"## {module.partition('.')[2]}", "", inspect.cleandoc(sys.modules[module].__doc__ or ""), ""]
-        lines += ["| method | what | source | reads | defaults | trains |", "|---|---|---|---|---|---|"]
+        lines += ["| method | what | source | held by | reads | defaults | trains |", "|---|---|---|---|---|---|---|"]
         lines += ["| " + " | ".join(map(_cell, _method(entry, configs))) + " |" for entry in group]
         lines.append("")
-    return "\n".join(lines)
+    recipes = sorted(set(configs) - {entry.component.name for entry in entries})
+    lines += ["## Recipes", "", _RECIPES, "", "| config | what |", "|---|---|"]
+    lines += [f"| [{name}](../configs/methods/{name}.yaml) | {_cell(configs[name])} |" for name in recipes]
+    lines.append("")
+    return "\n".join(lines) + (f"\n{results}" if results else "")
 
 
-def pages(configs: Path) -> dict[str, str]:
-    """File name in the docs -> content; `configs` is the folder with one config for each method."""
+def pages(docs: Path) -> dict[str, str]:
+    """File name in the folder `docs` -> content.
+
+    Beside it lies `configs/methods` with one config for each method; `docs/results/methods.md` is what they found.
+    """
     registry = discover()
-    shown = {path.stem for path in configs.glob("*.yaml")}
+    shown = {path.stem: _head(path) for path in (docs.parent / "configs" / "methods").glob("*.yaml")}
+    shown.pop("base", None)
     return {
         "config.md": config_page(),
         "components.md": components_page(registry),
-        "methods.md": methods_page(registry, shown),
+        "methods.md": methods_page(registry, shown, _read(docs / "results" / "methods.md")),
     }
 
 
@@ -113,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args(arguments)
-    found = pages(options.folder.parent / "configs" / "methods")
+    found = pages(options.folder)
     stale = [name for name, text in found.items() if _read(options.folder / name) != text]
     if options.check:
         for name in stale:
@@ -141,6 +157,12 @@ def _component(entry: Entry) -> Iterator[str]:
         yield ""
 
 
+def _head(path: Path) -> str:
+    """The comment at the head of a config, on one line."""
+    lines = itertools.takewhile(lambda line: line.startswith("#"), _read(path).splitlines())
+    return " ".join(line.removeprefix("#").strip() for line in lines)
+
+
 def _method(entry: Entry, configs: Collection[str]) -> tuple[str, ...]:
     """The cells of one method's row."""
     component: type[Node] = entry.component
@@ -153,6 +175,7 @@ def _method(entry: Entry, configs: Collection[str]) -> tuple[str, ...]:
         f"[{name}](../configs/methods/{name}.yaml)" if name in configs else name,
         re.split(r" \(|[.:;](?: |$)", title)[0],
         " ".join(source[1].split()) if source else "kdx" if _OWN in (component.__doc__ or "") else "",
+        component.confidence,
         "; ".join(f"{who}: {', '.join(f'`{what}`' for what in names)}" for who, names in _reads(component).items()),
         ", ".join([*knobs, *options]),
         ", ".join(f"`{part}`" for part in _learnt(component)),

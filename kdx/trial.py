@@ -21,6 +21,7 @@ from kdx.sections import NodeOptions
 from kdx.types import DataFacts
 
 RESERVED = {"use", "inputs", "borrows", "source", "like", *(item.name for item in fields(NodeOptions))}
+CONFIDENCE = ("values", "code", "paper")
 CLASSES = 5
 FACTS = DataFacts(
     streams={},
@@ -194,6 +195,8 @@ def check_config(component: type[Component], who: str) -> None:
 def check_declarations(component: type[Node], who: str) -> None:
     """What `forward` takes is what the class declares, and no name means two things."""
     check_config(component, who)
+    marks = ("", *CONFIDENCE)
+    require(component.confidence in marks, who, f"`confidence` is {component.confidence!r}, expected one of {marks}")
     options = {item.name for item in fields(component.Config)}
     inputs = set(component.inputs) - ({"like"} if issubclass(component, Aligner) else set())
     groups = {"inputs": inputs, "knobs": set(component.knobs), "borrows": set(component.borrows), "options": options}

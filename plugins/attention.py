@@ -84,6 +84,7 @@ class AttentionTransfer(kdx.Loss):
     """
 
     name = "at"
+    confidence = "values"
     inputs = {"student": STUDENT_DEPTHS, "teacher": TEACHER_DEPTHS}
 
     @dataclass(frozen=True)
@@ -129,6 +130,7 @@ class SelectivityTransfer(kdx.Loss):
     """
 
     name = "nst"
+    confidence = "values"
     inputs = {"student": STUDENT_DEPTHS, "teacher": TEACHER_DEPTHS}
 
     def __init__(self, config: SelectivityTransfer.Config, given: kdx.Given) -> None:
@@ -162,6 +164,7 @@ class ChannelDistillation(kdx.Loss):
     """
 
     name = "cwd"
+    confidence = "values"
     inputs = {"student": "student.depth_100", "teacher": "teacher.depth_100"}
     knobs = {"temperature": kdx.Knob(4.0, above=0.0)}
 
@@ -209,6 +212,7 @@ class SolutionFlow(kdx.Loss):
     """
 
     name = "fsp"
+    confidence = "code"
     inputs = {"student": STUDENT_DEPTHS, "teacher": TEACHER_DEPTHS}
 
     @dataclass(frozen=True)

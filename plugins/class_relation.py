@@ -46,6 +46,7 @@ class Correlation(kdx.Loss):
     """
 
     name = "dist"
+    confidence = "values"
     inputs = {"student": "student.logits", "teacher": "teacher.logits"}
     knobs = {
         "temperature": kdx.Knob(4.0, above=0.0),
@@ -93,6 +94,7 @@ class MultiLevel(kdx.Loss):
     """
 
     name = "mlkd"
+    confidence = "values"
     inputs = {
         "student": "student.logits",
         "teacher": "teacher.logits",

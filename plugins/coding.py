@@ -48,6 +48,7 @@ class FactorTransfer(kdx.Loss):
     """
 
     name = "ft"
+    confidence = "values"
     inputs = {"student": "student.depth_100", "teacher": "teacher.depth_100"}
     knobs = {"factor": kdx.Knob(1.0, at_least=0.0), "reconstruction": kdx.Knob(1.0, at_least=0.0)}
 
@@ -110,6 +111,7 @@ class DiffusionDenoising(kdx.Loss):
     """
 
     name = "diffkd"
+    confidence = "code"
     inputs = {"student": "student.depth_100", "teacher": "teacher.depth_100"}
 
     @dataclass(frozen=True)

@@ -51,6 +51,7 @@ class ContrastiveRepresentation(kdx.Loss):
     """
 
     name = "crd"
+    confidence = "values"
     inputs = {"student": "student.embedding", "teacher": "teacher.embedding", "index": "batch.index"}
     knobs = {"temperature": kdx.Knob(0.07, above=0.0)}
 
@@ -201,6 +202,7 @@ class ClipDistillation(kdx.Loss):
     """
 
     name = "clip_kd"
+    confidence = "code"
     inputs = {
         "student": "student.embedding",
         "teacher": "teacher.embedding",

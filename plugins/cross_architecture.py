@@ -53,6 +53,7 @@ class OneForAll(kdx.Loss):
     """
 
     name = "ofa"
+    confidence = "values"
     inputs = {
         "student": "student.logits",
         "teacher": "teacher.logits",

@@ -72,6 +72,7 @@ class Decoupled(kdx.Loss):
     """
 
     name = "dkd"
+    confidence = "values"
     inputs = {"student": "student.logits", "teacher": "teacher.logits", "label": "batch.label"}
     knobs = {
         "temperature": kdx.Knob(4.0, above=0.0),
@@ -114,6 +115,7 @@ class Normalised(kdx.Loss):
     """
 
     name = "nkd"
+    confidence = "values"
     inputs = {"student": "student.logits", "teacher": "teacher.logits", "label": "batch.label"}
     knobs = {"temperature": kdx.Knob(1.0, above=0.0), "gamma": kdx.Knob(1.5, at_least=0.0)}
     same_shape = (("student", "teacher"),)
@@ -159,6 +161,7 @@ class Refined(kdx.Loss):
     """
 
     name = "rld"
+    confidence = "values"
     inputs = {"student": "student.logits", "teacher": "teacher.logits", "label": "batch.label"}
     knobs = {
         "temperature": kdx.Knob(4.0, above=0.0),
@@ -221,6 +224,7 @@ class ScaleDecoupled(kdx.Loss):
     """
 
     name = "sdd"
+    confidence = "code"
     inputs = {
         "student": "student.features",
         "teacher": "teacher.features",

@@ -69,6 +69,7 @@ class Hint(kdx.Loss):
     """
 
     name = "fitnet"
+    confidence = "code"
     inputs = {"student": "student.depth_50", "teacher": "teacher.depth_50"}
 
     @dataclass(frozen=True)
@@ -131,6 +132,7 @@ class ActivationBoundaries(kdx.Loss):
     """
 
     name = "ab"
+    confidence = "values"
     inputs = {"student": STUDENT_DEPTHS, "teacher": TEACHER_DEPTHS}
     knobs = {"margin": kdx.Knob(1.0, above=0.0)}
 
@@ -195,6 +197,7 @@ class Overhaul(kdx.Loss):
     """
 
     name = "ofd"
+    confidence = "values"
     inputs = {"student": STUDENT_DEPTHS, "teacher": TEACHER_DEPTHS}
 
     def __init__(self, config: Overhaul.Config, given: kdx.Given) -> None:

@@ -105,6 +105,7 @@ class SoftTargets(kdx.Loss):
     """
 
     name = "kd"
+    confidence = "values"
     inputs = {"student": "student.logits", "teacher": "teacher.logits"}
     knobs = {"temperature": kdx.Knob(4.0, above=0.0)}
     same_shape = (("student", "teacher"),)
@@ -152,6 +153,7 @@ class LogitRegression(kdx.Loss):
     """
 
     name = "mse_logits"
+    confidence = "paper"
     inputs = {"student": "student.logits", "teacher": "teacher.logits"}
     same_shape = (("student", "teacher"),)
 
@@ -175,6 +177,7 @@ class AnnealedRegression(kdx.Loss):
     """
 
     name = "annealing_kd"
+    confidence = "paper"
     inputs = {"student": "student.logits", "teacher": "teacher.logits"}
     knobs = {"temperature": kdx.Knob(1.0, at_least=1.0)}
     same_shape = (("student", "teacher"),)
@@ -221,6 +224,7 @@ class MultiLabel(kdx.Loss):
     """
 
     name = "multi_label_kd"
+    confidence = "paper"
     inputs = {"student": "student.logits", "teacher": "teacher.logits"}
     knobs = {"temperature": kdx.Knob(1.0, above=0.0)}
     same_shape = (("student", "teacher"),)

@@ -26,6 +26,7 @@ class MaskedGeneration(kdx.Loss):
     """
 
     name = "mgd"
+    confidence = "code"
     inputs = {"student": "student.depth_100", "teacher": "teacher.depth_100"}
 
     @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class VitDistillation(kdx.Loss):
     """
 
     name = "vitkd"
+    confidence = "code"
     inputs = {
         "student": "student.depth_100",
         "teacher": "teacher.depth_100",

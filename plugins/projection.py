@@ -33,6 +33,7 @@ class SoftmaxRegression(kdx.Loss):
     """
 
     name = "srrl"
+    confidence = "code"
     inputs = {"student": "student.depth_100", "teacher": "teacher.embedding", "teacher_logits": "teacher.logits"}
     knobs = {"feature": kdx.Knob(1.0, at_least=0.0), "regression": kdx.Knob(1.0, at_least=0.0)}
     borrows = {"head": "teacher.classifier"}
@@ -104,6 +105,7 @@ class OrthogonalDistillation(kdx.Loss):
     """
 
     name = "vkd"
+    confidence = "code"
     inputs = {"student": "student.depth_100", "teacher": "teacher.depth_100"}
 
     def __init__(self, config: OrthogonalDistillation.Config, given: kdx.Given) -> None:
@@ -130,6 +132,7 @@ class SimpleProjector(kdx.Loss):
     """
 
     name = "srd"
+    confidence = "code"
     inputs = {"student": "student.embedding", "teacher": "teacher.embedding"}
 
     @dataclass(frozen=True)
@@ -186,6 +189,7 @@ class InformationTheoretic(kdx.Loss):
     """
 
     name = "itrd"
+    confidence = "values"
     inputs = {"student": "student.embedding", "teacher": "teacher.embedding"}
     knobs = {"correlation": kdx.Knob(2.0, at_least=0.0), "mutual": kdx.Knob(1.0, at_least=0.0)}
 

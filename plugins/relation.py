@@ -37,6 +37,7 @@ class SimilarityPreserving(kdx.Loss):
     """
 
     name = "sp"
+    confidence = "values"
     inputs = {"student": "student.depth_100", "teacher": "teacher.depth_100"}
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
@@ -76,6 +77,7 @@ class CorrelationCongruence(kdx.Loss):
     """
 
     name = "cc"
+    confidence = "values"
     inputs = {"student": "student.embedding", "teacher": "teacher.embedding"}
 
     @dataclass(frozen=True)
@@ -142,6 +144,7 @@ class RelationalDistillation(kdx.Loss):
     """
 
     name = "rkd"
+    confidence = "values"
     inputs = {"student": "student.embedding", "teacher": "teacher.embedding"}
     knobs = {"distance": kdx.Knob(1.0, at_least=0.0), "angle": kdx.Knob(2.0, at_least=0.0)}
 
@@ -176,6 +179,7 @@ class ProbabilisticTransfer(kdx.Loss):
     """
 
     name = "pkt"
+    confidence = "values"
     inputs = {"student": "student.embedding", "teacher": "teacher.embedding"}
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
@@ -209,6 +213,7 @@ class DarkRank(kdx.Loss):
     """
 
     name = "darkrank"
+    confidence = "code"
     inputs = {"student": "student.embedding", "teacher": "teacher.embedding"}
     knobs = {"alpha": kdx.Knob(3.0, above=0.0), "beta": kdx.Knob(3.0, at_least=1.0)}
 
@@ -259,6 +264,7 @@ class RelationGraph(kdx.Loss):
     """
 
     name = "irg"
+    confidence = "code"
     inputs = {
         "student": kdx.Many("student.depth_50", "student.depth_100", "student.embedding"),
         "teacher": kdx.Many("teacher.depth_50", "teacher.depth_100", "teacher.embedding"),

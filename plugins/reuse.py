@@ -33,6 +33,7 @@ class ReusedClassifier(kdx.Loss):
     """
 
     name = "simkd"
+    confidence = "code"
     inputs = {"student": "student.depth_100", "teacher": "teacher.features", "logits": "teacher.logits"}
     borrows = {"head": "teacher.classifier"}
     answers = ("student", "head")

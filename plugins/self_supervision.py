@@ -63,6 +63,7 @@ class AlteredLogits(kdx.Loss):
     """
 
     name = "sskd_logits"
+    confidence = "code"
     inputs = {
         "student_views": kdx.Many(*(f"student@{view}.logits" for view in TURNS)),
         "teacher_views": kdx.Many(*(f"teacher@{view}.logits" for view in TURNS)),
@@ -104,22 +105,28 @@ class SelfSupervision(kdx.Loss):
     the teacher's head finds the right image and, of the others, the share `keep` in which it ranks highest.
     Published: weight 10.
 
-    The teacher's head learns the task itself, by cross-entropy at temperature 1, along with the student: it takes no
-    gradient from the student's term and gives none to the teacher. The authors train it for 60 epochs beforehand. A
-    weight that rises from 0 keeps early answers from counting. The value is the sum of both terms, so it is not 0 for a
-    perfect student.
+    The value is `transfer` times that term plus `task` times the cross-entropy, at temperature 1, by which the teacher's
+    head learns the task itself; so it is not 0 for a perfect student. The head takes no gradient from the student's term
+    and gives none to the teacher. By default both learn together. The authors train the head beforehand, for 60 epochs;
+    that is a first stage in which `transfer` and the weights of all other losses are 0, and a second one in which `task`
+    is 0, as `configs/methods/sskd.yaml` shows.
 
     width: of the heads' two layers; that of each embedding by default.
     """
 
     name = "sskd"
+    confidence = "code"
     inputs = {
         "student": "student.embedding",
         "teacher": "teacher.embedding",
         "student_views": kdx.Many(*(f"student@{view}.embedding" for view in TURNS)),
         "teacher_views": kdx.Many(*(f"teacher@{view}.embedding" for view in TURNS)),
     }
-    knobs = {"temperature": kdx.Knob(0.5, above=0.0)}
+    knobs = {
+        "temperature": kdx.Knob(0.5, above=0.0),
+        "transfer": kdx.Knob(1.0, at_least=0.0),
+        "task": kdx.Knob(1.0, at_least=0.0),
+    }
 
     @dataclass(frozen=True)
     class Config:
@@ -147,15 +154,17 @@ class SelfSupervision(kdx.Loss):
         student_views: list[Tensor],
         teacher_views: list[Tensor],
         temperature: Tensor,
+        transfer: Tensor,
+        task: Tensor,
     ) -> Tensor:
         ours = similarities(self.student_head(student), self.student_head(torch.cat(student_views)))
         views = torch.cat(teacher_views).detach()
         theirs = similarities(self.teacher_head(teacher.detach()), self.teacher_head(views))
         image = torch.arange(len(student), device=student.device).repeat(len(student_views))
-        task = F.cross_entropy(theirs, image)
+        own = F.cross_entropy(theirs, image)
         theirs = theirs.detach()
         kept = selected(rank(theirs, image), self.config.keep)
-        return mean_of(divergence(ours, theirs, temperature), kept) + task
+        return transfer.mean() * mean_of(divergence(ours, theirs, temperature), kept) + task.mean() * own
 
 
 def _head(width: int, inner: int | None) -> nn.Sequential:

@@ -37,6 +37,7 @@ class TransformedMatching(kdx.Loss):
     """
 
     name = "ttm"
+    confidence = "values"
     inputs = {"student": "student.logits", "teacher": "teacher.logits"}
     knobs = {"gamma": kdx.Knob(0.1, above=0.0)}
     same_shape = (("student", "teacher"),)
@@ -53,6 +54,7 @@ class WeightedTransformedMatching(kdx.Loss):
     """
 
     name = "wttm"
+    confidence = "values"
     inputs = {"student": "student.logits", "teacher": "teacher.logits"}
     knobs = {"gamma": kdx.Knob(0.1, above=0.0)}
     same_shape = (("student", "teacher"),)
@@ -79,6 +81,7 @@ class WeightedSoftLabels(kdx.Loss):
     """
 
     name = "wsld"
+    confidence = "values"
     inputs = {"student": "student.logits", "teacher": "teacher.logits", "label": "batch.label"}
     knobs = {"temperature": kdx.Knob(4.0, above=0.0)}
     same_shape = (("student", "teacher"),)
@@ -111,6 +114,7 @@ class AsymmetricTemperature(kdx.Loss):
     """
 
     name = "ats"
+    confidence = "paper"
     inputs = {"student": "student.logits", "teacher": "teacher.logits", "label": "batch.label"}
     knobs = {
         "temperature": kdx.Knob(4.0, above=0.0),
@@ -154,6 +158,7 @@ class TeacherFree(kdx.Loss):
     """
 
     name = "tf_kd"
+    confidence = "values"
     inputs = {"student": "student.logits", "label": "batch.label"}
     knobs = {"temperature": kdx.Knob(20.0, above=0.0)}
 
@@ -191,6 +196,7 @@ class DistillationToken(kdx.Loss):
     """
 
     name = "deit_token"
+    confidence = "code"
     inputs = {"cls": kdx.REQUIRED, "dist": kdx.REQUIRED, "teacher": "teacher.logits", "label": "batch.label"}
     knobs = {"alpha": kdx.Knob(0.5, at_least=0.0, at_most=1.0)}
     same_shape = (("cls", "dist", "teacher"),)

@@ -43,6 +43,7 @@ class VariationalInformation(kdx.Loss):
     """
 
     name = "vid"
+    confidence = "values"
     inputs = {"student": kdx.Many(*STUDENT_DEPTHS), "teacher": kdx.Many(*TEACHER_DEPTHS)}
 
     def __init__(self, config: VariationalInformation.Config, given: kdx.Given) -> None:
@@ -120,6 +121,7 @@ class KnowledgeReview(kdx.Loss):
     """
 
     name = "review_kd"
+    confidence = "values"
     inputs = {
         "student": kdx.Many(*STUDENT_DEPTHS, "student.embedding"),
         "teacher": kdx.Many(*TEACHER_DEPTHS, "teacher.embedding"),
@@ -160,6 +162,7 @@ class SemanticCalibration(kdx.Loss):
     """
 
     name = "semckd"
+    confidence = "code"
     inputs = {"student": kdx.Many(*STUDENT_DEPTHS), "teacher": kdx.Many(*TEACHER_DEPTHS)}
 
     @dataclass(frozen=True)

@@ -112,9 +112,18 @@ def test_a_net_may_be_given_another_size() -> None:
     assert made(Timm, model="resnet18", args=NET["args"], size=14).prepare.size == (14, 14)
 
 
+def test_a_class_of_timm_takes_what_its_names_fix() -> None:
+    args = {"img_size": 28, "patch_size": 7, "num_blocks": 2, "embed_dim": 24}
+    net = made(Timm, model="mlp_mixer.MlpMixer", args=args).net
+    assert net.stem.proj.kernel_size == (7, 7)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"model": "mlp_mixr.MlpMixer"}, "model: timm.models has no module 'mlp_mixr'; did you mean 'mlp_mixer'"),
+        ({"model": "mlp_mixer.Mixer"}, "model: timm.models.mlp_mixer has no network 'Mixer'"),
+        ({"model": "os.System"}, "model: timm.models has no module 'os'"),
         ({"model": "resnt18"}, "model: timm has no model 'resnt18'; did you mean resnet18, "),
         ({"model": "zzz"}, "model: timm has no model 'zzz'; it has "),
         ({"model": "resnet18.nope"}, "model: no resnet18.nope: Invalid pretrained tag (nope) for resnet18"),

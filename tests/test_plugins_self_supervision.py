@@ -45,6 +45,8 @@ def logits_loss(views: int = 3, classes: int = 4, **options: Any) -> AlteredLogi
     shapes = {"student_views": [(classes,)] * views, "teacher_views": [(classes,)] * views}
     return AlteredLogits(AlteredLogits.Config(**options), kdx.Given(shapes=shapes))
 
+ONE = torch.tensor(1.0)
+
 
 def embedding_loss(shapes: dict[str, Any] = EMBEDDINGS, **options: Any) -> SelfSupervision:
     return SelfSupervision(SelfSupervision.Config(**options), kdx.Given(shapes=shapes))
@@ -136,14 +138,15 @@ def test_sskd_is_the_published_sum_of_both_terms() -> None:
     temperature = torch.tensor(0.5)
     for keep in (0.0, 0.5, 1.0):
         loss = embedding_loss(keep=keep)
-        torch.testing.assert_close(loss(**inputs, temperature=temperature), slow_value(loss, inputs, temperature, keep))
+        found = loss(**inputs, temperature=temperature, transfer=ONE, task=ONE)
+        torch.testing.assert_close(found, slow_value(loss, inputs, temperature, keep))
 
 
 def test_the_teachers_head_learns_the_task_alone() -> None:
     loss = embedding_loss()
     inputs = {name: [normal(i, 8, *one) for i, one in enumerate(shape)] if isinstance(shape, list)
               else normal(9, 8, *shape) for name, shape in EMBEDDINGS.items()}  # fmt: skip
-    loss(**inputs, temperature=torch.tensor(0.5)).backward()
+    loss(**inputs, temperature=torch.tensor(0.5), transfer=ONE, task=ONE).backward()
     views = similarities(loss.teacher_head(inputs["teacher"]), loss.teacher_head(torch.cat(inputs["teacher_views"])))
     task = F.cross_entropy(views, torch.arange(8).repeat(3))
     for parameter, expected in zip(
@@ -152,6 +155,16 @@ def test_the_teachers_head_learns_the_task_alone() -> None:
         assert parameter.grad is not None
         torch.testing.assert_close(parameter.grad, expected)
     assert all(parameter.grad is not None for parameter in loss.student_head.parameters())
+
+
+def test_either_stage_trains_one_head_only() -> None:
+    inputs = {name: [normal(i, 8, *one) for i, one in enumerate(shape)] if isinstance(shape, list)
+              else normal(9, 8, *shape) for name, shape in EMBEDDINGS.items()}  # fmt: skip
+    for transfer, still in ((torch.tensor(0.0), "student_head"), (ONE, "teacher_head")):
+        loss = embedding_loss()
+        loss(**inputs, temperature=torch.tensor(0.5), transfer=transfer, task=1 - transfer).backward()
+        moved = {name.partition(".")[0] for name, value in loss.named_parameters() if value.grad.abs().sum() > 0}
+        assert moved == {"student_head", "teacher_head"} - {still}
 
 
 @pytest.mark.parametrize(

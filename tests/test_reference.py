@@ -10,6 +10,7 @@ import pytest
 from kdx.plugins import Registry, discover
 from kdx.reference import components_page, config_page, main, methods_page
 
+CONFIGS = {"kd": "Soft targets.", "patient": "Many epochs of `kd`."}
 STRANGER = Path(__file__).parent / "stranger_plugin.py"
 
 
@@ -21,7 +22,7 @@ def registry() -> Registry:
 @functools.cache
 def rows() -> dict[str, list[str]]:
     """The rows of the page of methods by the text of their first cell."""
-    lines = methods_page(registry(), {"kd"}).splitlines()
+    lines = methods_page(registry(), CONFIGS).splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines if line.startswith("| ")]
     return {row[0]: row[1:] for row in cells}
 
@@ -47,16 +48,31 @@ def test_options_in_a_docstring_are_a_list_one_or_several_to_a_line() -> None:
 def test_components_of_other_packages_are_not_for_the_docs() -> None:
     assert "closeness" in registry().names("losses")
     assert "closeness" not in components_page(registry())
-    assert "closeness" not in methods_page(registry())
+    assert "closeness" not in methods_page(registry(), {})
 
 
 def test_a_method_has_its_source_inputs_defaults_and_config() -> None:
     row = rows()["[kd](../configs/methods/kd.yaml)"]
     assert row[0] == "Soft targets"
     assert row[1].startswith("Hinton, Vinyals, Dean")
-    assert row[2] == "both: `logits`"
-    assert "`temperature` 4" in row[3]
-    assert row[4] == ""
+    assert row[2] == "values"
+    assert row[3] == "both: `logits`"
+    assert "`temperature` 4" in row[4]
+    assert row[5] == ""
+
+
+def test_a_config_of_no_component_is_a_recipe() -> None:
+    assert rows()["[patient](../configs/methods/patient.yaml)"] == ["Many epochs of `kd`."]
+
+
+def test_results_stand_at_the_end_of_the_methods() -> None:
+    assert methods_page(registry(), {}, "## Results\n").endswith("\n\n## Results\n")
+
+
+def test_every_published_method_says_what_it_is_held_by() -> None:
+    for name, row in rows().items():
+        if len(row) == 6 and name != "method" and row[1] and row[1] != "kdx":
+            assert row[2] in ("values", "code", "paper"), name
 
 
 def test_a_method_without_a_config_has_no_link() -> None:
@@ -70,7 +86,7 @@ def test_what_a_method_trains_is_found_by_building_it() -> None:
 
 
 def test_all_that_a_method_may_need_is_told_apart() -> None:
-    reads = {name: row[2] for name, row in rows().items()}
+    reads = {name: row[3] for name, row in rows().items() if len(row) == 6}
     assert reads["mse"] == "named in the config: `student`, `teacher`"
     assert reads["crd"] == "both: `embedding`; batch: `index`"
     assert reads["confidence_mean"] == "each teacher: `logits`"

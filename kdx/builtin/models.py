@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+import pkgutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,7 +50,8 @@ class Timm(Model):
     """Any model of timm by name. Weights come from `pretrained`, or from `checkpoint` or `run` of the section.
 
     The number of classes and input channels follow the data; a pretrained net keeps its own input size, statistics
-    and channels. `args` are handed to the model's constructor.
+    and channels. `args` are handed to the model's constructor. Where a name fixes what `args` should change, as the
+    patches of a mixer, `model` may be a class of `timm.models` instead: `mlp_mixer.MlpMixer`.
     """
 
     name = "timm"
@@ -72,7 +77,10 @@ class Timm(Model):
         import timm
 
         config = self.config
-        if not timm.is_model(config.model):
+        make = functools.partial(timm.create_model, config.model, pretrained=pretrained)
+        if config.model.partition(".")[2][:1].isupper() and not pretrained:  # tags of weights are in lower case
+            make = _class_of_timm(config.model)
+        elif not timm.is_model(config.model):
             raise ConfigError(f"model: timm has no model {config.model!r}; {_near(config.model, timm.list_models())}")
         images = _image_streams(self.facts, self.streams)
         channels = config.args.get("in_chans", 3 if config.pretrained else images[0])
@@ -83,7 +91,7 @@ class Timm(Model):
             **config.args,
         }
         try:
-            net = timm.create_model(config.model, pretrained=pretrained, **arguments)
+            net = make(**arguments)
         except (TypeError, ValueError, RuntimeError, AssertionError) as error:
             problem = f"args: {config.model} refuses {config.args}" if config.args else f"model: no {config.model}"
             raise ConfigError(f"{problem}: {error}") from error
@@ -227,6 +235,18 @@ class Given(Model):
 
     def build(self) -> Network:
         raise PlanError("`module` stands for a network handed to kdx.run(models={...}), and none was")
+
+
+def _class_of_timm(path: str) -> Callable[..., nn.Module]:
+    """The class of a network in a module of `timm.models`."""
+    module, _, name = path.partition(".")
+    known = {found.name for found in pkgutil.iter_modules(importlib.import_module("timm.models").__path__)}
+    if module not in known or module.startswith("_"):
+        raise ConfigError(f"model: timm.models has no module {module!r}; {did_you_mean(module, known)}")
+    found = getattr(importlib.import_module(f"timm.models.{module}"), name, None)
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        raise ConfigError(f"model: timm.models.{module} has no network {name!r}")
+    return found
 
 
 def _image_streams(facts: DataFacts, streams: tuple[str, ...]) -> Shape:
