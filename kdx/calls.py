@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from kdx.components import Node
 from kdx.errors import PlanError
+from kdx.seats import Seat
 from kdx.taps import Tapped, classifier_of
 from kdx.types import Batch
 
@@ -51,13 +52,17 @@ def find_part(net: nn.Module, path: str, where: str) -> nn.Module:
 
 @dataclass(frozen=True)
 class ModelCall:
-    """Runs a network on streams of the batch; `student@strong` is the student on the view `strong`."""
+    """Runs a network on streams of the batch; `student@strong` is the student on the view `strong`.
+
+    A model with a `seat` computes there.
+    """
 
     name: str
     where: str
     module: Tapped
     streams: Mapping[str, Key]
     gives: tuple[Key, ...]
+    seat: Seat | None = None
 
     @property
     def reads(self) -> tuple[Key, ...]:
@@ -68,8 +73,25 @@ class ModelCall:
         return {stream: values[key] for stream, key in self.streams.items()}
 
     def run(self, values: Values) -> None:
-        for name, tensor in self.module(self.batch(values)).items():
-            values[f"{self.name}.{name}"] = tensor
+        batch, seat = self.batch(values), self.seat
+        found = self.module(batch) if seat is None else seat.use(self.module, batch, self.module)
+        for name, tensor in found.items():
+            values[f"{self.name}.{name}"] = tensor if seat is None else seat.hand_over(tensor)
+
+    def protect(self, values: Values) -> None:
+        """Let the taps find out what they must clone."""
+        batch = self.batch(values)
+        if self.seat is None:
+            self.module.protect(batch)
+        else:
+            self.seat.use(self.module, batch, self.module.protect)
+
+    def answer(self, batch: Batch) -> Tensor:
+        """What is evaluated of the network."""
+        network = self.module.network
+        if self.seat is None:
+            return network.answer(batch)
+        return self.seat.hand_over(self.seat.use(network, batch, network.answer))
 
 
 @dataclass(frozen=True)

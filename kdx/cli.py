@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich_argparse import RawDescriptionRichHelpFormatter
 
 from kdx.errors import KdxError
+from kdx.stopping import Stopper
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -99,12 +98,25 @@ def _parser() -> argparse.ArgumentParser:
     ablate.add_argument(
         "--explain", action="store_true", help="show the first plan, and how those of the others differ; train nothing"
     )
+    ablate.add_argument(
+        "--no-fanout", dest="fanout", action="store_false", help="train each trial by itself, not side by side"
+    )
+    ablate.add_argument("--jobs", type=int, default=1, metavar="N", help="processes, or tasks of Ray, at once")
+    ablate.add_argument(
+        "--executor", choices=("local", "ray"), default="local", help="where trials run: here, or on a Ray cluster"
+    )
+    ablate.add_argument("--cpus", type=float, default=1.0, metavar="N", help="CPU cores of each task of Ray")
+    ablate.add_argument("--gpus", type=float, default=0.0, metavar="N", help="GPUs of each task of Ray")
+    ablate.add_argument("--quiet", action="store_true", help="no live table, one line for each trial")
 
     report = add(
-        "report", _report, "Write the report of a finished run anew, or compare several finished runs.",
-        "Example: kdx report runs/full-* runs/no_hint-*",
+        "report", _report, "Write the report of a finished run or of a study anew, or compare several of them.",
+        "Example: kdx report runs/full-* runs/no_hint-* --out comparison",
     )  # fmt: skip
-    report.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="the folder of a finished run")
+    report.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="the folder of a run or of a study")
+    report.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="write the tables and the page of the comparison into this folder"
+    )
 
     explain = add("explain", _explain, "Show the plan of a config: what is built, what reads what, which shapes.")
     _config_arguments(explain)
@@ -156,7 +168,7 @@ def _run(options: argparse.Namespace) -> int:
 
     out, notes = Console(), Console(stderr=True)
     seeds = _seeds(options.seeds)
-    stopper = _Stopper(notes)
+    stopper = Stopper(notes)
     how = Options(fresh=options.fresh, console=notes, quiet=options.quiet, stop=stopper)
     results = []
     for seed in seeds:
@@ -178,54 +190,85 @@ def _run(options: argparse.Namespace) -> int:
 def _ablate(options: argparse.Namespace) -> int:
     from dataclasses import replace
 
-    from kdx.files import write_text
+    from kdx.executors import carry_out_study
+    from kdx.findings import of_study
     from kdx.runs import Options
-    from kdx.study import Outcome, carry_out_study, plan_differences, plan_study, read_study
-    from kdx.study_table import progress_line, study_csv, study_lines, study_markdown, study_table
+    from kdx.study import Outcome, plan_differences, plan_study, read_study
+    from kdx.study_live import Board
+    from kdx.study_report import lines_of, write_page, write_tables
+    from kdx.study_table import study_table, warnings
 
     out, notes = Console(), Console(stderr=True)
-    stopper = _Stopper(notes)
+    stopper = Stopper(notes)
     how = Options(fresh=options.fresh, console=notes, quiet=True, stop=stopper)
     study = read_study(options.study)
     if options.seeds is not None:
         study = replace(study, seeds=tuple(seed for seed in _seeds(options.seeds) if seed is not None))
     notes.print(f"{study.name}: checking the plans of {len(study.variants)} variants", markup=False, highlight=False)
     trials, plans = plan_study(study, how, options.overrides)
+    for warning in warnings(trials, study.reference):
+        notes.print(warning, style="yellow", markup=False, highlight=False, soft_wrap=True)
     if options.explain:
         for variant, text in plan_differences(plans):
             out.print(f"--- {variant}\n{text}\n", markup=False, highlight=False, soft_wrap=True)
         return 0
-    folder = Path(trials[0].config.get("out", "runs")) / f"{study.name}_study"
+    runs = Path(trials[0].config.get("out", "runs"))
+    folder = runs / f"{study.name}_study"
+    findings = of_study(study, trials, [], runs)
 
     def tell(outcomes: Sequence[Outcome], left: float) -> None:
-        lines = study_lines(outcomes, study.reference)
-        write_text(folder / "table.md", study_markdown(study.name, lines, study.reference))
-        write_text(folder / "table.csv", study_csv(outcomes))
-        line = progress_line(outcomes, len(trials), left)
-        notes.print(line, markup=False, highlight=False, soft_wrap=True)
+        nonlocal findings
+        findings = of_study(study, trials, outcomes, runs)
+        board.tell(outcomes, write_tables(folder, findings), left)
 
-    with stopper:
-        outcomes = carry_out_study(trials, how, tell)
-    out.print(study_table(study.name, study_lines(outcomes, study.reference), study.reference))
-    out.print(f"table: {folder / 'table.md'}", markup=False, highlight=False, soft_wrap=True)
+    try:
+        with stopper, Board(notes, study, plain=options.quiet) as board:
+            outcomes = carry_out_study(
+                trials, how, tell, fan_out=options.fanout, jobs=options.jobs, execute=_executor(options)
+            )
+    finally:
+        if findings.outcomes:
+            path = write_page(folder, findings)
+    out.print(study_table(study.name, lines_of(findings), study.reference))
+    out.print(f"report: {path}", markup=False, highlight=False, soft_wrap=True)
     return FAILED if any(outcome.result is None for outcome in outcomes) else 0
 
 
+def _executor(options: argparse.Namespace) -> Any:
+    """Where the trials of a study are carried out; None for this very process."""
+    if options.executor == "ray":
+        from kdx.ray_executor import Ray
+
+        return Ray(options.cpus, options.gpus)
+    if options.jobs > 1:
+        from kdx.processes import Processes
+
+        return Processes(options.jobs)
+    return None
+
+
 def _report(options: argparse.Namespace) -> int:
+    from kdx.findings import FILE, of_folders
     from kdx.report import summary_table, write_report
     from kdx.result import read_result
-    from kdx.study import read_outcomes
-    from kdx.study_table import study_lines, study_table
+    from kdx.study_report import lines_of, write_page, write_tables
+    from kdx.study_table import study_table
 
     out = Console()
-    if len(options.folders) == 1:
-        path = write_report(options.folders[0])
-        out.print(summary_table(read_result(options.folders[0])))
+    folder, *others = options.folders
+    is_study = not others and (folder / FILE).is_file()
+    if not others and not is_study and options.out is None:
+        path = write_report(folder)
+        out.print(summary_table(read_result(folder)))
         out.print(f"report: {path}", markup=False, highlight=False, soft_wrap=True)
         return 0
-    outcomes = read_outcomes(options.folders)
-    reference = outcomes[0].variant
-    out.print(study_table(f"{len(outcomes)} runs", study_lines(outcomes, reference), reference))
+    findings = of_folders(options.folders)
+    out.print(study_table(findings.name, lines_of(findings), findings.reference))
+    place = folder if is_study and options.out is None else options.out
+    if place is not None:
+        write_tables(place, findings)
+        path = write_page(place, findings)
+        out.print(f"report: {path}", markup=False, highlight=False, soft_wrap=True)
     return 0
 
 
@@ -300,30 +343,6 @@ def _init(options: argparse.Namespace) -> int:
     path = write_config(facts, options.out)
     Console().print(f"wrote {path}: look at it, then kdx run {path}", markup=False, highlight=False, soft_wrap=True)
     return 0
-
-
-class _Stopper:
-    """Turns the first SIGINT or SIGTERM within its block into a wish to stop; a second one ends the process."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._asked = False
-
-    def __call__(self) -> bool:
-        return self._asked
-
-    def __enter__(self) -> None:
-        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self._asked:
-            raise KeyboardInterrupt
-        self._asked = True
-        self._console.print("stopping after this update; once more stops at once", style="yellow")
 
 
 def _seeds(text: str | None) -> list[int | None]:

@@ -82,17 +82,26 @@ class Given:
     """What the engine hands to a node when it is built.
 
     `shapes` maps each input to the shape of one sample (a list of shapes for `Many`); `facts` describes the data;
-    `generator` is the node's own source of random numbers, saved with the checkpoint.
+    `generator` is the node's own source of random numbers, saved with the checkpoint; `refs` maps each input to the
+    tensor behind it (a list for `Many`), as `cnn.logits`.
     """
 
     shapes: Mapping[str, Any] = field(default_factory=dict)
     facts: DataFacts = field(default_factory=lambda: DataFacts(streams={}))
     generator: torch.Generator = field(default_factory=torch.Generator)
+    refs: Mapping[str, Any] = field(default_factory=dict)
 
     def shape(self, name: str) -> Shape:
         """The per-sample shape of the input `name`."""
         shape: Shape = self.shapes[name]
         return shape
+
+    def owners(self, name: str) -> tuple[str, ...]:
+        """The models and nodes behind an input of many refs, as `cnn` for `cnn.logits`, in their order; their positions
+        (`0`, `1`) where the node was made without refs.
+        """
+        refs = self.refs.get(name) or [str(place) for place in range(len(self.shapes[name]))]
+        return tuple(ref.partition(".")[0] for ref in refs)
 
 
 class Component:
@@ -167,6 +176,8 @@ class Node(Component, nn.Module):
         to its input and none to its weights.
     trains: the borrowed parts whose weights learn from the node as well. They must be parts of a model that is trained.
     same_shape: groups of inputs whose shapes must be equal.
+    confidence: how sure it is that a published method is computed: `values` where numbers of public code are met, `code`
+        where it was written after public code, `paper` after the description alone; empty for rules of one's own.
 
     Parameters are trained with the student; buffers and the generator are saved, so state survives a resume.
     """
@@ -177,6 +188,7 @@ class Node(Component, nn.Module):
     borrows: ClassVar[Mapping[str, str]] = {}
     trains: ClassVar[tuple[str, ...]] = ()
     same_shape: ClassVar[tuple[tuple[str, ...], ...]] = ()
+    confidence: ClassVar[str] = ""
 
     def __init__(self, config: Any, given: Given) -> None:
         super().__init__()
@@ -191,7 +203,13 @@ class Node(Component, nn.Module):
 
 
 class Target(Node):
-    """Makes something from model outputs: an ensemble, a logit transform, a temperature."""
+    """Makes something from model outputs: an ensemble, a logit transform, a temperature.
+
+    shown: the fields whose numbers reports show over training and class by class: [B], 0-d, or [B, M] with one column
+        for each ref of an input of M refs. Those of the usual names need not be declared.
+    """
+
+    shown: ClassVar[tuple[str, ...]] = ("weights", "temperature")
 
 
 class Aligner(Node):
@@ -332,3 +350,21 @@ class Engine(ABC):
     @abstractmethod
     def parameters(self) -> Iterator[nn.Parameter]:
         """All that is trained."""
+
+    @property
+    def batch(self) -> Batch:
+        """The micro-batch that the losses at hand are of."""
+        raise NotImplementedError(f"{type(self).__name__} does not know the batch")
+
+    def weights(self, owner: str | None = None) -> dict[str, nn.Parameter]:
+        """All that is trained, or what is trained of a part of the config such as `targets.tau`, by name."""
+        raise NotImplementedError(f"{type(self).__name__} does not know the names of weights")
+
+    def losses(self, weights: Mapping[str, Tensor], batch: Batch | None = None) -> Losses:
+        """What the learner gives with other values of some of its weights, on the present micro-batch or on another.
+
+        Names are those of `weights`. The graph goes to the given tensors and allows second derivatives. Nothing else
+        changes: batch statistics, memories and random numbers are afterwards as they were. The teachers run for
+        another batch as for their own.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot evaluate the learner")

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
+from kdx.class_choice import choose_classes, chosen_names
 from kdx.components import Dataset, Split
 from kdx.errors import ConfigError, DataError, KdxError, did_you_mean
 from kdx.randomness import seeded
@@ -26,6 +27,9 @@ UNLABELLED = ("keep", "drop")
 class SplitOptions:
     """Which samples a run trains on and whose labels it may see; the options of `data:` that any data set has.
 
+    classes: the numbers of the classes that the run is about; None for all. Only their samples are trained and tested
+        on, and a label is the place of its class in this list: `[5, 7]` makes 0 of 5 and 1 of 7. A teacher that is
+        such a run knows these classes alone.
     labelled: how many training samples keep their label, as a count (`500`) or a share (`0.1`), drawn class by class;
         None for all. With 0 a student learns from its teachers alone.
     unlabelled: `keep` trains on the other samples without their label, `drop` leaves them out.
@@ -35,6 +39,7 @@ class SplitOptions:
         balanced.
     """
 
+    classes: list[int] | None = None
     labelled: int | float | None = None
     unlabelled: str = "keep"
     validation: int | float = 0.1
@@ -80,17 +85,21 @@ def make_splits(dataset: Dataset, options: SplitOptions) -> Splits:
 
     Raises ConfigError for options that the data cannot meet, DataError for labels that do not fit the classes.
     """
-    facts = dataset.facts()
+    facts, chosen = dataset.facts(), options.classes
     source = dataset.train()
     labels = _labels(source, facts.classes, "train")
     own_val, own_test = dataset.val(), dataset.test()
     train = torch.arange(len(source))
-    val = None if own_val is None else _whole(own_val, facts.classes, "val")
+    val = None if own_val is None else _whole(own_val, facts.classes, chosen, "val")
+    if chosen is not None:
+        labels = choose_classes(labels, chosen, facts.classes, "train")
     if own_val is None:
         held = _held_out(options, labels, len(source))
         if held.any():
             val = View(source, train[held], None if labels is None else labels[held])
             train = train[~held]
+    if chosen is not None and labels is not None:
+        train = train[labels[train] >= 0]
     visible = _visible(options, labels, train)
     if options.unlabelled == "drop" and visible is not None:
         train = train[visible[train] >= 0]
@@ -99,14 +108,23 @@ def make_splits(dataset: Dataset, options: SplitOptions) -> Splits:
     return Splits(
         train=View(source, train, None if visible is None else visible[train]),
         val=val,
-        test=None if own_test is None else _whole(own_test, facts.classes, "test"),
-        facts=replace(facts, size=len(source), labels=() if visible is None else tuple(visible.tolist())),
+        test=None if own_test is None else _whole(own_test, facts.classes, chosen, "test"),
+        facts=replace(
+            facts,
+            classes=facts.classes if chosen is None else chosen_names(chosen, facts.classes),
+            size=len(source),
+            labels=() if visible is None else tuple(visible.tolist()),
+        ),
     )
 
 
-def _whole(split: Split, classes: tuple[str, ...], name: str) -> View:
+def _whole(split: Split, classes: tuple[str, ...], chosen: list[int] | None, name: str) -> View:
+    """All samples of a split, or those of the chosen classes."""
     labels = _labels(split, classes, name)
-    return View(split, torch.arange(len(split)), labels)
+    if chosen is None:
+        return View(split, torch.arange(len(split)), labels)
+    labels = choose_classes(labels, chosen, classes, name)
+    return View(split, (labels >= 0).nonzero()[:, 0], labels[labels >= 0])
 
 
 def _labels(split: Split, classes: tuple[str, ...], name: str) -> Tensor | None:

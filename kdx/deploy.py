@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from kdx.calls import NodeCall
 from kdx.components import Loss, Network
 from kdx.errors import KdxError, PlanError
-from kdx.plan import Plan, without_trace
+from kdx.plan import Plan
+from kdx.probe import without_trace
 from kdx.taps import Tap, Tapped, read_taps
 from kdx.types import Batch
 

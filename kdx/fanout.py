@@ -91,7 +91,7 @@ def _same(one: tuple[Session, ModelCall], other: tuple[Session, ModelCall]) -> b
     mine, own = a.spec.models[base_of(first.name)], b.spec.models[base_of(second.name)]
     if mine.entry != own.entry or plain_options(mine.options) != plain_options(own.options):
         return False
-    if first.streams != second.streams:
+    if first.streams != second.streams or first.seat != second.seat:
         return False
     if any(mine.engine.taps[name] != tap for name, tap in own.engine.taps.items() if name in mine.engine.taps):
         return False

@@ -1,7 +1,11 @@
 """`metrics.jsonl`: the lines that a run leaves about its updates and evaluations, one JSON object each.
 
     {"kind": "step", "step": 1, "epoch": 1, "lr": 0.1, "terms": {"ce": 2.3, ...}, "knobs": {...}}
+    {"kind": "step", ..., "shown": {"committee.weights.wide": 0.6, "committee.weights.wide/std": 0.1, ...}}
     {"kind": "eval", "step": 40, "epoch": 1, "split": "val", "who": "student", "metrics": {...}, "best": true}
+
+`shown` is there where a target shows something; its means of an epoch and of each class are an evaluation of the target
+on the split `train`.
 
 `step` counts finished updates. There are no times in it, so a resumed run leaves the same file as an undisturbed one.
 """
@@ -11,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +34,7 @@ class StepLine:
     lr: float
     terms: dict[str, float]
     knobs: dict[str, float]
+    shown: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,8 @@ class History:
 def to_line(line: StepLine | EvalLine) -> str:
     """The text of one line with its line end; a number that is not finite becomes null."""
     kind = "step" if isinstance(line, StepLine) else "eval"
-    return json.dumps({"kind": kind, **finite(asdict(line))}, ensure_ascii=False, allow_nan=False) + "\n"
+    content = {name: value for name, value in asdict(line).items() if name != "shown" or value}
+    return json.dumps({"kind": kind, **finite(content)}, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def from_line(text: str, where: str) -> StepLine | EvalLine:
@@ -68,7 +74,8 @@ def from_line(text: str, where: str) -> StepLine | EvalLine:
         data = json.loads(text)
         kind, step, epoch = data["kind"], int(data["step"]), int(data["epoch"])
         if kind == "step":
-            return StepLine(step, epoch, _number(data["lr"]), _numbers(data["terms"]), _numbers(data["knobs"]))
+            terms, knobs, shown = (_numbers(found) for found in (data["terms"], data["knobs"], data.get("shown", {})))
+            return StepLine(step, epoch, _number(data["lr"]), terms, knobs, shown)
         if kind == "eval":
             return EvalLine(step, epoch, data["split"], data["who"], _numbers(data["metrics"]), data["best"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:

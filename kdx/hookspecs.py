@@ -86,7 +86,10 @@ def kdx_step_end(report: StepReport) -> None:
 
 @hookspec
 def kdx_eval_end(report: EvalReport) -> None:
-    """Called after each evaluation of the student."""
+    """Called after each evaluation of the student, and at the end of an epoch for each target that shows something.
+
+    The latter has `split == "train"`: its metrics are means over the epoch, and no scores.
+    """
 
 
 @hookspec

@@ -39,7 +39,7 @@ def run_hash(spec: RunSpec, dataset: Dataset, reached: Reach, needs: Mapping[str
         "seed": spec.root.seed,
         "data": [
             _in_order(spec.data.entry, dataset.config, dataset.places),
-            asdict(spec.splits),
+            {key: value for key, value in asdict(spec.splits).items() if key != "classes" or value is not None},
             dataset.fingerprint(),
         ],
         "views": {name: _view(spec.views[name]) for name in reached.views},
@@ -50,6 +50,8 @@ def run_hash(spec: RunSpec, dataset: Dataset, reached: Reach, needs: Mapping[str
         "precision": spec.runtime.precision,
         "plugins": {plugin.name: plugin.digest for plugin in used_plugins(spec, reached)},
     }
+    if spec.root.on_bad_teacher != "refuse" and any(spec.models[name].frozen for name in reached.models):
+        content["on_bad_teacher"] = spec.root.on_bad_teacher
     text = json.dumps(content, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -133,7 +135,9 @@ def _model(spec: ModelSpec, fields: Iterable[str], need: str | None) -> dict[str
     options = plain_options(spec.options)
     if (file := options.get("path")) is not None and Path(file).is_file():
         options["path"] = file_digest(Path(file), f"{spec.where}.path")
+    own = {} if spec.engine.precision is None else {"precision": spec.engine.precision}
     return {
+        **own,
         "component": [spec.entry.component.name, options],
         "input": spec.engine.input,
         "taps": {name: tap for name, tap in spec.engine.taps.items() if name in fields},

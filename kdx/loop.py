@@ -15,15 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdx.batched import alike
 from kdx.calls import Key
 from kdx.components import Dataset, Metric, Network, Schedule, Updater
 from kdx.data import Loader, Splits, View, in_order
 from kdx.deploy import deployed
 from kdx.feed import Feed
+from kdx.functional import Present
+from kdx.guard import EVERY, Guard
 from kdx.modules import Average, Knobs, Learner, Teachers, overrides, trained
 from kdx.optim import make_optimizer, set_lr
-from kdx.plan import Plan, without_trace
+from kdx.plan import Plan
+from kdx.probe import without_trace
 from kdx.runtime import Runtime
+from kdx.shown import Tally
 from kdx.spec import Part, RunSpec
 from kdx.types import Batch, Clock, DataFacts, EvalReport, StepReport
 
@@ -47,6 +52,8 @@ class Session:
     loader: Loader
     feed: Feed
     average: Average | None
+    tally: Tally
+    guard: Guard
     steps: int
     steps_per_epoch: int
     step: int = 0
@@ -95,7 +102,8 @@ def make_session(spec: RunSpec, plan: Plan, dataset: Dataset, splits: Splits, ru
     knobs = Knobs(plan, runtime.device)
     return Session(
         spec, plan, dataset, splits, runtime, teachers, learner, network, knobs, updater, loader,
-        Feed(loader, dataset, runtime, spec.root.seed), average, steps, steps_per_epoch,
+        Feed(loader, dataset, runtime, spec.root.seed), average, Tally(plan.shown, plan.facts.classes),
+        Guard(plan.guarded, runtime.device), steps, steps_per_epoch,
     )  # fmt: skip
 
 
@@ -141,10 +149,17 @@ def training(session: Session, watchers: Watchers) -> Iterator[None]:
             with torch.no_grad():
                 node.after_update(session.clock)  # type: ignore[operator]
         moved |= {key: knobs[key] for key in session.knobs.moving}
-        watchers.step_end(StepReport(session.clock, lr, terms, moved, len(batch["index"])))
+        shown = session.tally.update() | session.guard.update()
+        watchers.step_end(StepReport(session.clock, lr, terms, moved, len(batch["index"]), shown))
+        if session.step % EVERY == 0 or _epoch_is_due(session, 1):
+            session.guard.check()  # waits for the device
+        if _epoch_is_due(session, 1):
+            for report in session.tally.epoch(session.clock):
+                watchers.eval_end(report)
         if _epoch_is_due(session, session.spec.train.evaluate):
             validate(session, watchers)
         if _epoch_is_due(session, session.spec.train.save) or session.step == session.steps or watchers.stop():
+            session.guard.check()
             watchers.save(session)
             if watchers.stop():
                 return
@@ -161,12 +176,17 @@ def step(session: Session, batch: Batch, knobs: Mapping[Key, Tensor]) -> tuple[d
         share = len(part["index"]) / size
         with runtime.stopwatch.phase("teachers"), runtime.autocast():
             kept = session.teachers(part, knobs)
+        session.guard.add(session.step + 1, part, session.teachers.marks)
         with runtime.stopwatch.phase("student"):
             with runtime.autocast():
                 losses = session.learner(part, kept, knobs)
+            present = Present(session.teachers, session.learner, part, kept, knobs, runtime.autocast)
+            runtime.look(part, present.losses)
             session.updater.backward(losses, share, runtime)
         add_means(terms, {"total": losses.total.detach(), **losses.terms}, share)
         add_means(moved, losses.knobs, share)
+        with torch.no_grad():
+            session.tally.add(part, losses.shown)
     with runtime.stopwatch.phase("student"):
         session.updater.step(runtime)
     return terms, moved
@@ -183,6 +203,18 @@ def split(batch: Batch, count: int) -> list[Batch]:
     """A batch in `count` parts of nearly equal size."""
     chunks = {name: value.chunk(count) for name, value in batch.items()}
     return [{name: part[i] for name, part in chunks.items()} for i in range(len(chunks["index"]))]
+
+
+def batch_teachers(session: Session, known: list[list[str]] | None) -> tuple[str, ...]:
+    """Decide which teachers are one call, on training samples; gives what to say of it. See `Teachers.batch`."""
+    count = session.spec.train.batch // session.spec.train.accumulate
+    if not alike(session.plan, session.teachers.live):
+        return ()
+    batch = session.splits.train.fetch(range(min(count, len(session.splits.train))))
+    with torch.no_grad():
+        batch = session.dataset.on_device(session.runtime.move(batch), None)
+        with session.runtime.autocast():
+            return session.teachers.batch(session.plan, batch, session.runtime.wait, known)
 
 
 def calibrate(session: Session) -> None:

@@ -9,8 +9,10 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from kdx.batched import Together, alike, choose
 from kdx.calls import Call, Key, ModelCall, NodeCall, Values, execute, weighted
 from kdx.components import Network, Node, Schedule
+from kdx.guard import Marks
 from kdx.optim import Trained
 from kdx.plan import Plan
 from kdx.spec import RunSpec
@@ -49,11 +51,15 @@ class Teachers(nn.Module):
 
     def __init__(self, plan: Plan) -> None:
         super().__init__()
-        self._calls: tuple[Call, ...] = plan.teacher_calls
-        self._live = self._calls
+        self._models = tuple(call for call in plan.teacher_calls if isinstance(call, ModelCall))
+        self.live = self._models
+        self._together: tuple[Together, ...] = ()
+        self._nodes = tuple(call for call in plan.teacher_calls if isinstance(call, NodeCall))
+        self._guarded = plan.guarded
+        self.marks: Marks | None = None
         self._source: Callable[[Batch], Values] | None = None
-        self._kept = plan.kept
-        self.models = nn.ModuleDict(_models(plan.teacher_calls))
+        self._kept = (*plan.kept, *plan.reported)
+        self.models = nn.ModuleDict(_models(tuple(call for call in self._models if call.seat is None)))
         self.nodes = nn.ModuleDict(_nodes(plan.teacher_calls))
         super().train(False)
 
@@ -64,27 +70,71 @@ class Teachers(nn.Module):
     def share(self, source: Callable[[Batch], Values], names: Container[str]) -> None:
         """Take what the models `names` give for a batch from `source`, which runs them for several learners at once."""
         self._source = source
-        self._live = tuple(call for call in self._calls if call.name not in names)
+        self.live = tuple(call for call in self._models if call.name not in names)
+
+    @property
+    def batched(self) -> list[list[str]]:
+        """The names of the models that are one call."""
+        return [[call.name for call in one.calls] for one in self._together]
+
+    def batch(
+        self, plan: Plan, given: Batch, wait: Callable[[], None], known: list[list[str]] | None
+    ) -> tuple[str, ...]:
+        """Make one call of teachers that are alike where that is faster, or where it was found so before (`known`).
+
+        Gives a line for each group; see `kdx.batched`.
+        """
+        options = plan.spec.runtime
+        if options.teacher_batching == "never" or options.compile or options.channels_last:
+            return ()
+        groups = alike(plan, self.live)
+        if known is not None and options.teacher_batching == "auto":
+            groups = [group for group in groups if [call.name for call in group] in known]
+        always = options.teacher_batching == "always" or known is not None
+        with torch.no_grad():
+            choice = choose(groups, given, always=always, wait=wait)
+        self._together = choice.adopted
+        one = {call.name for together in choice.adopted for call in together.calls}
+        self.live = tuple(call for call in self.live if call.name not in one)
+        return choice.lines
 
     @torch.no_grad()
     def forward(self, batch: Batch, knobs: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
         """The kept tensors for a batch."""
-        if not self._calls:
-            return {}
         values = _start(batch, knobs)
         if self._source is not None:
             values.update(self._source(batch))
-        execute(self._live, values)
+        execute(self.live, values)
+        for together in self._together:
+            together.run(values)
+        self._guard(values)
+        execute(self._nodes, values)
         return {key: values[key] for key in self._kept}
+
+    @torch.no_grad()
+    def answers(self, batch: Batch, knobs: Mapping[Key, Tensor]) -> Values:
+        """Every tensor of the teacher side for a batch that is not of training."""
+        values = _start(batch, knobs)
+        execute(self._models, values)
+        if self._models:
+            self._guarded.inspect(values)
+        execute(self._nodes, values)
+        return values
 
     @torch.no_grad()
     def calibrate(self, batch: Batch, knobs: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
         """As a forward pass, with the batch handed to the targets that want to see data before training."""
         values = _start(batch, knobs)
-        for call in self._calls:
+        execute(self._models, values)
+        self._guard(values)
+        for call in self._nodes:
             _calibrate(call, values)
             call.run(values)
         return {key: values[key] for key in self._kept}
+
+    def _guard(self, values: Values) -> None:
+        """Leave the marks of the batch for the loop to count."""
+        self.marks = self._guarded.inspect(values) if self._models else None
 
 
 class Learner(nn.Module):
@@ -97,12 +147,8 @@ class Learner(nn.Module):
         super().__init__()
         self._calls = plan.learner_calls
         self._losses = plan.loss_calls
-        self._knobs = {
-            f"{call.where}.{name}": key
-            for call in plan.loss_calls
-            for name, key in (*((name, call.arguments[name]) for name in call.module.knobs), ("weight", call.weight))
-            if isinstance(key, str) and key not in plan.knobs
-        }
+        self._knobs = plan.read_knobs
+        self._shown = plan.shown
         self.models = nn.ModuleDict(_models(plan.learner_calls))
         self.nodes = nn.ModuleDict(_nodes((*plan.learner_calls, *plan.loss_calls)))
 
@@ -122,7 +168,9 @@ class Learner(nn.Module):
             parts = weighted(self._losses, values)
             total = torch.stack([*parts.values()]).sum()
         terms = {call.name.removeprefix("losses."): values[call.gives[0]].detach() for call in self._losses}
-        return Losses(total, terms, {name: values[key].detach() for name, key in self._knobs.items()}, parts)
+        knobs = {name: values[key].detach() for name, key in self._knobs.items()}
+        shown = {one.key: values[one.key].detach() for one in self._shown}
+        return Losses(total, terms, knobs, parts, shown)
 
     def calibrate(self, batch: Batch, kept: Mapping[Key, Tensor], knobs: Mapping[Key, Tensor]) -> None:
         """Hand one batch to the nodes that want to see data before training."""

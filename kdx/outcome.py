@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdx.calls import Key, ModelCall, NodeCall, Values, execute
+from kdx.agreement import agreements
+from kdx.calls import Key, ModelCall, NodeCall
 from kdx.checkpoint import load_weights
 from kdx.data import View
 from kdx.loop import Evaluation, Session, evaluate
@@ -50,7 +51,7 @@ def conclude(
     sample = {name: value[:1] for name, value in _first_batch(session).items()}
     phases = session.runtime.stopwatch.seconds()
     return Result(
-        name=spec.root.name,
+        name=spec.root.shown_name,
         hash=hash,
         seed=spec.root.seed,
         status="finished",
@@ -71,6 +72,8 @@ def conclude(
         teachers={name: _teacher_row(session, name, needs) for name in session.plan.teachers},
         targets={name: _evaluated(session, answer) for name, answer in _ensembles(session).items()},
         plain=None if plain is None else run_row(*plain),
+        agreement=agreements(session),
+        dropped=session.guard.dropped(),
     )
 
 
@@ -112,10 +115,10 @@ def _teacher_row(session: Session, name: str, needs: Needs) -> Row:
     """A teacher that is a run brings its own numbers; any other is evaluated here."""
     if name in needs:
         return run_row(*needs[name])
-    tapped = session.plan.teachers[name]
+    call = session.plan.teacher_models[name]
     classes = len(session.plan.facts.classes)
     answers = logits_shape(session.plan.shapes, name) == (classes,)
-    return _evaluated(session, tapped.network.answer) if answers else Row(None, None, None, {}, {}, None, None)
+    return _evaluated(session, call.answer) if answers else Row(None, None, None, {}, {}, None, None)
 
 
 def _ensembles(session: Session) -> dict[str, Callable[[Batch], Tensor]]:
@@ -133,10 +136,7 @@ def _ensembles(session: Session) -> dict[str, Callable[[Batch], Tensor]]:
 
 def _answer(session: Session, key: Key) -> Callable[[Batch], Tensor]:
     def answer(batch: Batch) -> Tensor:
-        values: Values = {f"batch.{name}": value for name, value in batch.items()}
-        values.update(session.knobs.at(session.clock))
-        execute(session.plan.teacher_calls, values)
-        found: Tensor = values[key]
+        found: Tensor = session.teachers.answers(batch, session.knobs.at(session.clock))[key]
         return found
 
     return answer

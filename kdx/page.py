@@ -64,6 +64,7 @@ pre {
   overflow: auto; max-height: 30rem; line-height: 1.45;
 }
 pre code { background: none; padding: 0; }
+a { color: var(--accent); }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: .9rem; margin: 0 0 1.6rem; }
 .card { background: var(--sheet); border: 1px solid var(--line); border-radius: 10px; padding: .9rem 1.1rem; }
 .card .label, .card .note { color: var(--soft); font-size: .84rem; line-height: 1.4; }

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from kdx.calls import Borrowed, Call, Key, ModelCall, NodeCall, Values, find_part
 from kdx.components import Given, Loss, Model, Network, Node, Schedule
 from kdx.errors import KdxError, PlanError, did_you_mean
+from kdx.guard import Guarded, guarded
+from kdx.probe import probe, shape_of
 from kdx.randomness import derive_seed
 from kdx.reach import Reach, base_of, reach
+from kdx.seats import Seat, seat_of
+from kdx.shown import Shown, find_shown, read_knobs
 from kdx.spec import ModelSpec, NodeSpec, RunSpec
 from kdx.taps import LOGITS, Tapped, read_taps
 from kdx.types import Batch, Clock, DataFacts, Shape
@@ -28,9 +31,10 @@ Ready = Callable[[ModelSpec, Network], None]
 class Plan:
     """The compiled run.
 
-    `teacher_calls` run without gradient and hand over the tensors `kept`; `learner_calls` and `loss_calls` have a
-    gradient. `knobs` are all constants and schedules; `shapes` are per sample, by key. `notes` say in words what was
-    chosen, `unused` which parts of the config no loss needs.
+    `teacher_calls` run without gradient and hand over the tensors `kept`, and for reports those that are `reported`;
+    `learner_calls` and `loss_calls` have a gradient. `knobs` are all constants and schedules, `read_knobs` those that
+    are refs; `shapes` are per sample, by key. `notes` say in words what was chosen, `unused` which parts of the config
+    no loss needs.
     """
 
     spec: RunSpec
@@ -44,6 +48,10 @@ class Plan:
     shapes: Mapping[Key, Shape]
     unused: tuple[str, ...]
     notes: tuple[str, ...]
+    shown: tuple[Shown, ...] = ()
+    read_knobs: Mapping[str, Key] = field(default_factory=dict)
+    reported: tuple[Key, ...] = ()
+    guarded: Guarded = field(default_factory=Guarded)
 
     @property
     def calls(self) -> tuple[Call, ...]:
@@ -52,10 +60,15 @@ class Plan:
     @property
     def teachers(self) -> dict[str, Tapped]:
         """The frozen teachers that are run, by name, on whatever view."""
-        found: dict[str, Tapped] = {}
+        return {name: call.module for name, call in self.teacher_models.items()}
+
+    @property
+    def teacher_models(self) -> dict[str, ModelCall]:
+        """The calls of the frozen teachers, by name, one for each."""
+        found: dict[str, ModelCall] = {}
         for call in self.teacher_calls:
             if isinstance(call, ModelCall):
-                found.setdefault(base_of(call.name), call.module)
+                found.setdefault(base_of(call.name), call)
         return found
 
 
@@ -67,33 +80,42 @@ def make_plan(
     device: torch.device | None = None,
     ready: Ready | None = None,
     networks: Mapping[str, nn.Module] | None = None,
+    classes: Mapping[str, tuple[str, ...]] | None = None,
 ) -> Plan:
     """Reach, wire, probe, build, split.
 
     `sample` holds at least two samples as they come from `Dataset.on_device`. `networks` are modules that stand in
-    for model sections. Raises `PlanError` where parts do not fit, naming path, shapes and component.
+    for model sections; `classes` those that a teacher tells apart where it learnt others than those of the data. Raises `PlanError` where parts do not fit, naming path, shapes and component. Without `device`
+    the plan is for reading and checking alone, and everything is in main memory.
     """
+    seats = {name: seat_of(model.engine, device, model.where) for name, model in spec.models.items()}
     device = device or torch.device("cpu")
     sample = {name: value[:2].to(device) for name, value in sample.items()}
     reached = reach(spec, facts)
-    models = {
-        name: build_model(spec.models[name], facts, spec.root.seed, networks, ready).to(device)
-        for name in reached.models
-    }
+    models: dict[str, Network] = {}
+    for name in reached.models:
+        known = replace(facts, classes=(classes or {}).get(name, facts.classes))
+        models[name] = build_model(spec.models[name], known, spec.root.seed, networks, ready)
+        if (seat := seats[name]) is None:
+            models[name].to(device)
+        else:
+            seat.settle(models[name])
     values: Values = {f"batch.{name}": value for name, value in sample.items()}
     knobs = _knob_values(reached, device, values)
-    shapes: dict[Key, Shape] = {key: _shape(value) for key, value in values.items()}
+    shapes: dict[Key, Shape] = {key: shape_of(value) for key, value in values.items()}
     calls: list[Call] = []
     tapped: dict[str, Tapped] = {}
     for item in reached.order:
         call = (
-            _model_call(item, spec.models[base_of(item)], models[base_of(item)], reached.fields[item])
+            _model_call(
+                item, spec.models[base_of(item)], models[base_of(item)], reached.fields[item], seats[base_of(item)]
+            )
             if base_of(item) in spec.models
             else _node_call(item, reached, facts, spec, shapes, models, device)
         )
         if isinstance(call, ModelCall):
             tapped[item] = call.module
-        _probe(call, values, shapes)
+        probe(call, values, shapes)
         calls.append(call)
     student = next((module for name, module in tapped.items() if base_of(name) == "student"), None)
     if student is None:
@@ -105,9 +127,12 @@ def make_plan(
     learner_calls = tuple(call for call in calls if call not in teacher_calls and call not in losses)
     made = {key for call in teacher_calls for key in call.gives}
     kept = dict.fromkeys(key for call in (*learner_calls, *losses) for key in call.reads if key in made)
+    shown, read = find_shown(calls, values, shapes), read_knobs(calls)
+    reported = dict.fromkeys(key for key in (*(one.key for one in shown), *read.values()) if key in made)
     return Plan(
         spec, facts, student, teacher_calls, learner_calls, losses, tuple(kept), knobs, shapes, reached.unused,
-        tuple(_notes(calls, teacher_side)),
+        tuple(_notes(calls, teacher_side)), shown, read, tuple(key for key in reported if key not in kept),
+        guarded(teacher_calls, shapes, spec.root.on_bad_teacher),
     )  # fmt: skip
 
 
@@ -166,12 +191,12 @@ def streams_of(spec: ModelSpec, facts: DataFacts) -> tuple[str, ...]:
     return tuple(streams)
 
 
-def _model_call(name: str, spec: ModelSpec, network: Network, wanted: tuple[str, ...]) -> ModelCall:
+def _model_call(name: str, spec: ModelSpec, network: Network, wanted: tuple[str, ...], seat: Seat | None) -> ModelCall:
     tapped = Tapped(network, wanted, read_taps(spec.engine.taps, f"{spec.where}.taps"), spec.where)
     tapped.train(not spec.frozen)
     view = name.removeprefix(spec.name)
     streams = {stream: f"batch.{stream}{view}" for stream in network.streams}
-    return ModelCall(name, spec.where, tapped, streams, tuple(f"{name}.{field}" for field in wanted))
+    return ModelCall(name, spec.where, tapped, streams, tuple(f"{name}.{field}" for field in wanted), seat)
 
 
 def _node_call(
@@ -191,6 +216,7 @@ def _node_call(
         {name: _shapes_of(key, shapes) for name, key in inputs.items() if key is not None},
         facts,
         torch.Generator(device=device).manual_seed(derive_seed(seed, "generator", item)),
+        {name: list(key) if isinstance(key, tuple) else key for name, key in inputs.items() if key is not None},
     )
     label = f"{node.where} ({component.name}, plugin {node.entry.plugin.name})"
     _check_same_shape(node, given)
@@ -225,6 +251,12 @@ def _parts(item: str, reached: Reach, spec: RunSpec, models: Mapping[str, Networ
                 f"{where}: {component.name} trains this part, but {node.borrows[name]} belongs to {model}, "
                 f"which {why}; expected a part of a model that is trained, as in student.classifier"
             )
+        engine = spec.models[model].engine
+        if engine.device is not None or engine.offload is not None:
+            raise PlanError(
+                f"{where}: {node.borrows[name]} is called where the student computes, but teachers.{model} has a place "
+                "of its own; leave out its `device` and `offload`"
+            )
         parts[name] = Borrowed(find_part(models[model].net, path, where), trains=trains)
     return parts
 
@@ -241,61 +273,6 @@ def _check_same_shape(node: NodeSpec, given: Given) -> None:
             raise PlanError(f"{node.where}: {node.entry.component.name} needs equal shapes but got {listing}; {advice}")
 
 
-def _probe(call: Call, values: Values, shapes: dict[Key, Shape]) -> None:
-    """Run a call on two samples without leaving a trace, and note the shapes of what it gives."""
-    modules: list[nn.Module] = [call.module]
-    generator = None
-    if isinstance(call, NodeCall):
-        _check_knobs(call, shapes)
-        modules += [part.module for part in call.parts.values()]
-        generator = call.module.given.generator
-    with without_trace(*modules, generator=generator), torch.no_grad():
-        try:
-            if isinstance(call, ModelCall):
-                call.module.protect(call.batch(values))
-            call.run(values)
-        except KdxError as error:
-            raise type(error)(f"{call.where}: {error}") from error
-        except Exception as error:
-            given = [key for key in dict.fromkeys(call.reads) if not key.startswith(f"{call.where}.")]
-            listing = ", ".join(f"{key} {list(shapes[key])}" for key in given if key in shapes)
-            label = call.label if isinstance(call, NodeCall) else call.where
-            raise PlanError(f"{label} does not run on {listing}: {type(error).__name__}: {error}") from error
-    for key in call.gives:
-        if key not in values:
-            raise PlanError(f"{call.where}: its forward gave no {key.rpartition('.')[2]!r}, which it declares")
-        value = values[key]
-        if not isinstance(value, Tensor) or (value.ndim and value.shape[0] != 2):
-            found = f"shape {list(value.shape)} for 2 samples" if isinstance(value, Tensor) else type(value).__name__
-            raise PlanError(f"{call.where}: {key} has {found}; expected a 0-d tensor or one with the batch axis first")
-        shapes[key] = _shape(value)
-    if isinstance(call, NodeCall):
-        _check_result(call, shapes)
-
-
-def _check_knobs(call: NodeCall, shapes: Mapping[Key, Shape]) -> None:
-    knobs = {name: call.arguments[name] for name in call.module.knobs}
-    for name, key in {**knobs, "weight": call.weight}.items():
-        if isinstance(key, str) and shapes.get(key, ()) != ():
-            raise PlanError(
-                f"{call.where}.{name}: {key} has shape {list(shapes[key])} per sample; a knob is one number"
-            )
-
-
-def _check_result(call: NodeCall, shapes: Mapping[Key, Shape]) -> None:
-    if isinstance(call.module, Loss) and shapes[call.gives[0]] != ():
-        raise PlanError(
-            f"{call.label}: its term has shape {list(shapes[call.gives[0]])} per sample; expected one value per sample "
-            "or the mean over the batch"
-        )
-    if call.kind == "align":
-        like = call.module.given.shapes["like"]
-        if shapes[call.gives[0]] != like:
-            raise PlanError(
-                f"{call.label}: gives {list(shapes[call.gives[0]])}, expected the shape of like {list(like)}"
-            )
-
-
 def logits_shape(shapes: Mapping[Key, Shape], model: str) -> Shape | None:
     """The shape of a model's logits, on whatever view; None where nothing reads them."""
     for key, shape in shapes.items():
@@ -303,25 +280,6 @@ def logits_shape(shapes: Mapping[Key, Shape], model: str) -> Shape | None:
         if base_of(owner) == model and name == LOGITS:
             return shape
     return None
-
-
-@contextmanager
-def without_trace(*modules: nn.Module, generator: torch.Generator | None = None) -> Iterator[None]:
-    """Put the buffers of the modules, the random state and a generator back afterwards."""
-    everything = [part for module in modules for part in module.modules()]
-    buffers = [(part, dict(part._buffers)) for part in everything]
-    contents = [(buffer, buffer.clone()) for _, own in buffers for buffer in own.values() if buffer is not None]
-    state = generator.get_state() if generator is not None else None
-    with torch.random.fork_rng():
-        yield
-    for part, own in buffers:  # a bank that grows may have been replaced by another tensor
-        part._buffers.clear()
-        part._buffers.update(own)
-    with torch.no_grad():
-        for buffer, content in contents:
-            buffer.copy_(content)
-    if generator is not None and state is not None:
-        generator.set_state(state)
 
 
 def _knob_values(reached: Reach, device: torch.device, values: Values) -> dict[Key, float | Schedule]:
@@ -373,10 +331,6 @@ def _notes(calls: list[Call], teacher_side: set[str]) -> Iterator[str]:
         describe = getattr(call.module, "describe", None)
         if isinstance(call, NodeCall) and describe is not None:
             yield f"{call.where}: {describe()}"
-
-
-def _shape(value: Tensor) -> Shape:
-    return tuple(value.shape[1:])
 
 
 def _shapes_of(key: Any, shapes: Mapping[Key, Shape]) -> Any:

@@ -1,4 +1,4 @@
-"""The figures of a run: its curves and its confusion matrix. A colour stands for one role in all of them."""
+"""The figures of a run: its curves and its confusion matrix."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from kdx.figures import DASHES, INK, ROLES, TERMS, legend, literal, save, style
 from kdx.formats import percent
 from kdx.history import EvalLine, History, StepLine
+from kdx.plots_shown import shown_panels
 from kdx.result import Result, Row
 
 if TYPE_CHECKING:
@@ -23,13 +24,6 @@ if TYPE_CHECKING:
 
     Draw: TypeAlias = Callable[[Axes], None]
 
-# Okabe and Ito, 2008: told apart with every kind of colour vision.
-ROLES: Mapping[str, str] = {"student": "#0072B2", "plain": "#D55E00", "teacher": "#009E73", "ensemble": "#CC79A7"}
-# Paul Tol's muted scheme for loss terms, and for the knobs that belong to one.
-TERMS = ("#332288", "#999933", "#882255", "#88CCEE", "#CC6677", "#DDCC77", "#44AA99", "#117733")
-DASHES = ("-", "--", "-.", ":")
-INK = "#333333"
-GRID = "#dddddd"
 BINS = 150
 COUNTS_SHOWN_UP_TO = 20
 NAMES_SHOWN = 60
@@ -51,7 +45,7 @@ def draw_curves(path: Path, result: Result, history: History, plain: History) ->
         row, column = divmod(index, columns)
         wide = index == len(panels) - 1 and column == 0  # an odd last panel takes the whole row
         draw(figure.add_subplot(grid[row, :] if wide else grid[row, column]))
-    _save(figure, path)
+    save(figure, path)
     return True
 
 
@@ -70,7 +64,7 @@ def draw_confusion(path: Path, result: Result) -> bool:
     image = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=1), interpolation="nearest")
     step = math.ceil(classes / NAMES_SHOWN)
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_ticks(range(0, classes, step), labels=[_literal(name) for name in result.classes[::step]])
+        axis.set_ticks(range(0, classes, step), labels=[literal(name) for name in result.classes[::step]])
         axis.set_tick_params(length=0, labelsize=9 if classes <= 30 else 6, labelcolor=INK)
     for label in axes.get_xticklabels():
         label.set(rotation=45, ha="right", rotation_mode="anchor")
@@ -89,7 +83,7 @@ def draw_confusion(path: Path, result: Result) -> bool:
     bar.set_label("share of the true class", color=INK)
     bar.ax.tick_params(labelcolor=INK, length=0)
     bar.outline.set_visible(False)
-    _save(figure, path)
+    save(figure, path)
     return True
 
 
@@ -111,11 +105,11 @@ def _panels(result: Result, history: History, plain: History) -> list[Draw]:
             groups.setdefault(name.rpartition(".")[2], []).append(name)
     for kind, names in groups.items():
         panels.append(partial(_draw_knobs, steps=history.steps, kind=kind, names=names, colours=colours))
-    return panels
+    return [*panels, *shown_panels(history.steps)]
 
 
 def _draw_terms(axes: Axes, steps: Sequence[StepLine], names: Sequence[str], colours: Mapping[str, str]) -> None:
-    _style(axes, "Loss terms, unweighted (total: weighted)", "updates")
+    style(axes, "Loss terms, unweighted (total: weighted)", "updates")
     values = {name: np.array([line.terms.get(name, math.nan) for line in steps]) for name in names}
     for index, name in enumerate(names):
         _line(axes, steps, values[name], name, colours[name], DASHES[index // len(TERMS) % len(DASHES)])
@@ -123,11 +117,11 @@ def _draw_terms(axes: Axes, steps: Sequence[StepLine], names: Sequence[str], col
     shown = shown[np.isfinite(shown)]
     if shown.size and shown.min() > 0 and shown.max() / shown.min() > 100:
         axes.set_yscale("log")
-    _legend(axes)
+    legend(axes)
 
 
 def _draw_accuracy(axes: Axes, result: Result, history: History, plain: History) -> None:
-    _style(axes, "Accuracy on the validation split", "epochs")
+    style(axes, "Accuracy on the validation split", "epochs")
     kinds = ((result.teachers, "teacher"), (result.targets, "ensemble"))
     for rows, role in kinds:
         for index, (name, row) in enumerate(rows.items()):
@@ -146,11 +140,11 @@ def _draw_accuracy(axes: Axes, result: Result, history: History, plain: History)
         axes.plot(x[:1], y[:1], "o", color=ROLES["student"], markeredgecolor="white", markersize=8, label=label)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _legend(axes)
+    legend(axes)
 
 
 def _draw_rate(axes: Axes, steps: Sequence[StepLine]) -> None:
-    _style(axes, "Learning rate", "updates")
+    style(axes, "Learning rate", "updates")
     _line(axes, steps, np.array([line.lr for line in steps]), "train.lr", INK, "-")
     axes.set_ylim(bottom=0)
 
@@ -158,12 +152,12 @@ def _draw_rate(axes: Axes, steps: Sequence[StepLine]) -> None:
 def _draw_knobs(
     axes: Axes, steps: Sequence[StepLine], kind: str, names: Sequence[str], colours: Mapping[str, str]
 ) -> None:
-    _style(axes, kind.replace("_", " ").capitalize(), "updates")
+    style(axes, kind.replace("_", " ").capitalize(), "updates")
     for index, name in enumerate(names):
         owner = name.split(".")[1] if name.count(".") else name
         values = np.array([line.knobs.get(name, math.nan) for line in steps])
         _line(axes, steps, values, name, colours.get(owner, INK), DASHES[index % len(DASHES)])
-    _legend(axes)
+    legend(axes)
 
 
 def _line(axes: Axes, steps: Sequence[StepLine], values: np.ndarray, label: str, colour: str, dash: str) -> None:
@@ -175,7 +169,7 @@ def _line(axes: Axes, steps: Sequence[StepLine], values: np.ndarray, label: str,
     values = values[known]
     spans = np.array_split(np.arange(len(at)), min(BINS, max(len(at) // 4, min(len(at), 40))))
     x = [at[span].mean() for span in spans]
-    axes.plot(x, [values[span].mean() for span in spans], dash, color=colour, linewidth=1.8, label=_literal(label))
+    axes.plot(x, [values[span].mean() for span in spans], dash, color=colour, linewidth=1.8, label=literal(label))
     low, high = [values[span].min() for span in spans], [values[span].max() for span in spans]
     axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
 
@@ -183,7 +177,7 @@ def _line(axes: Axes, steps: Sequence[StepLine], values: np.ndarray, label: str,
 def _level(axes: Axes, row: Row, name: str, colour: str, dash: str) -> None:
     value = row.val.get("accuracy")
     if value is not None and math.isfinite(value):
-        axes.axhline(value, color=colour, linestyle=dash, linewidth=1.5, label=_literal(name))
+        axes.axhline(value, color=colour, linestyle=dash, linewidth=1.5, label=literal(name))
 
 
 def _over_epochs(lines: Sequence[EvalLine]) -> tuple[list[float], list[float]]:
@@ -197,30 +191,3 @@ def _names(mappings: Iterable[Mapping[str, float]]) -> list[str]:
     for mapping in mappings:
         found.update(dict.fromkeys(mapping))
     return list(found)
-
-
-def _style(axes: Axes, title: str, x: str) -> None:
-    axes.set_title(title, loc="left", fontsize=11, color=INK)
-    axes.set_xlabel(x, color=INK)
-    axes.tick_params(colors=INK, length=3)
-    axes.grid(color=GRID, linewidth=0.7)
-    axes.set_axisbelow(True)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(INK)
-
-
-def _legend(axes: Axes) -> None:
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=8.5, frameon=True, framealpha=0.85, edgecolor="none", labelcolor=INK)
-
-
-def _literal(name: str) -> str:
-    """A name as it is, since matplotlib would take `$` for mathematics and hide labels that start with `_`."""
-    shown = name.replace("$", r"\$")
-    return f" {shown}" if shown.startswith("_") else shown
-
-
-def _save(figure: Figure, path: Path) -> None:
-    figure.set_dpi(150)
-    FigureCanvasAgg(figure).print_png(str(path))

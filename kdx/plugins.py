@@ -180,6 +180,9 @@ def _check_names(kind: str, component: type[Node], refuse: Callable[[str], Plugi
         raise refuse(f"wants same_shape of {', '.join(unknown)}, which is no input")
     if unknown := sorted(set(component.trains) - set(component.borrows)):
         raise refuse(f"trains {', '.join(unknown)}, which is no borrowed part")
+    shown = component.shown if issubclass(component, Target) and component.shown != Target.shown else ()
+    if unknown := sorted(set(shown) - set(component.outputs)):
+        raise refuse(f"shows {', '.join(unknown)}, which is no output")
     taken = {"use", "inputs", "borrows", "lr_scale", "weight_decay", *component.knobs}
     taken |= {"losses": {"weight"}, "aligners": {"source", "like"}}.get(kind, set())
     if hidden := sorted(taken & {item.name for item in fields(component.Config)}):

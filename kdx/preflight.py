@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from kdx.batched import check_batching
 from kdx.calls import ModelCall
 from kdx.checkpoint import load_weights
 from kdx.components import Dataset
@@ -16,6 +17,7 @@ from kdx.loop import make_metric, make_session
 from kdx.plan import Plan
 from kdx.reach import base_of
 from kdx.runtime import Runtime
+from kdx.seats import seat_of
 from kdx.taps import LOGITS
 
 PROBED = 8
@@ -23,10 +25,13 @@ PROBED = 8
 
 
 def check_ready(plan: Plan, dataset: Dataset, splits: Splits, runtime: Runtime) -> None:
-    """Do once all that precedes training: read checkpoints, name the best epoch's metric, make the optimizer.
+    """Do once all that precedes training: find devices, read checkpoints, name the best metric, make the optimizer.
 
     The plan is one without weights, and of no use afterwards. Raises a `KdxError` for whatever does not fit.
     """
+    for name, call in plan.teacher_models.items():
+        seat_of(plan.spec.models[name].engine, runtime.device, call.where)
+    check_batching(plan)
     check_checkpoints(plan)
     check_monitor(plan, dataset, splits)
     make_session(plan.spec, plan, dataset, splits, runtime)

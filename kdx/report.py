@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,15 +11,18 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from kdx.comparable import fact_differences, facts_of
 from kdx.errors import CheckpointError, ConfigError
 from kdx.formats import NONE, count, milliseconds, percent, points, ratio, whole
 from kdx.history import History, read_history
 from kdx.measure import Size
 from kdx.page import page
 from kdx.plots import draw_confusion, draw_curves
+from kdx.report_teachers import agreement_cells
 from kdx.report_text import report_text
 from kdx.result import Result, from_dict, read_result
 from kdx.standings import gain, gain_sentence, label_sentences, standings, student_role
+from kdx.statistics import spread
 
 SHOWN = ("plan.txt", "config.yaml")
 
@@ -34,8 +36,9 @@ def write_report(folder: Path) -> Path:
     result = read_result(folder)
     plain = result.plain.folder if result.plain is not None else None
     plain_history = read_history(folder.parent / plain) if plain else History()
+    history = read_history(folder)
     drawn = {
-        "curves.png": draw_curves(folder / "curves.png", result, read_history(folder), plain_history),
+        "curves.png": draw_curves(folder / "curves.png", result, history, plain_history),
         "confusion.png": draw_confusion(folder / "confusion.png", result),
     }
     pictures = {name: folder / name for name, exists in drawn.items() if exists}
@@ -44,7 +47,9 @@ def write_report(folder: Path) -> Path:
     files = sorted({path.name for path in folder.iterdir()} | {"report.md", "report.html"})
     texts = {name: (folder / name).read_text(encoding="utf-8") for name in files if name in SHOWN}
     place = f"{folder.absolute().parent.name}/{folder.absolute().name}"
-    markdown = report_text(result, place=place, files=files, texts=texts, environment=_environment(folder))
+    markdown = report_text(
+        result, place=place, files=files, texts=texts, environment=_environment(folder), history=history
+    )
     (folder / "report.md").write_text(markdown, encoding="utf-8")
     path = folder / "report.html"
     path.write_text(page(result.name, markdown, _cards(result), pictures), encoding="utf-8")
@@ -57,15 +62,18 @@ def summary_table(result: Result | Mapping[str, Any]) -> Table:
     caption = " ".join(filter(None, (gain_sentence(result), *label_sentences(result))))
     table = table_with(f"{result.name}, test split", caption)
     table.add_column("")
-    for head in ("labels", "accuracy", "macro F1", "params", "mult-adds", "CPU"):
+    agree = ["same answer", "KL"] if any("test" in found for found in result.agreement.values()) else []
+    for head in ("labels", "accuracy", "macro F1", "params", "mult-adds", "CPU", *agree):
         table.add_column(head, justify="right")
     for standing in standings(result):
         test, size = standing.test, standing.size
+        own = result.agreement.get(standing.name, {}) if standing.role == "teacher" else {}
         table.add_row(
             Text(f"{standing.role} {standing.name}".rstrip()),
             whole(standing.labelled),
             *(percent(test.get(name)) for name in ("accuracy", "macro_f1")),
             *([NONE] * 3 if size is None else _cost(size)),
+            *(agreement_cells(own.get("test", {})) if agree else []),
             style="bold" if standing.role == student_role(result) else None,
         )
     return table
@@ -77,7 +85,7 @@ def comparison(results: Sequence[Result | Mapping[str, Any]]) -> tuple[Table, di
     The data holds `seeds`, `labelled`, `seen`, `teachers` (name -> labels that it saw), and for `best` and `last` the
     entries `plain`, `distilled` and `difference`, each `{values, mean, std}` as fractions. The difference is paired by
     seed. `std` is the sample standard deviation, None for one seed; an entry is None where a seed lacks a value.
-    Raises `ConfigError` if there is no result, a seed occurs twice, or the runs saw different numbers of labels.
+    Raises `ConfigError` if there is no result, a seed occurs twice, or the runs differ in their data or budget.
     """
     runs = [result if isinstance(result, Result) else from_dict(result) for result in results]
     _check_comparable(runs)
@@ -108,10 +116,10 @@ def _check_comparable(runs: Sequence[Result]) -> None:
     if repeated := sorted({seed for seed in seeds if seeds.count(seed) > 1}):
         raise ConfigError(f"seed {repeated[0]} occurs twice in a comparison over seeds: give each seed once")
     for run in runs[1:]:
-        if (run.labelled, run.seen) != (runs[0].labelled, runs[0].seen):
+        if found := fact_differences(facts_of(runs[0]), facts_of(run)):
             raise ConfigError(
-                f"seed {run.seed} saw {run.labelled} labels of {run.seen} samples, seed {runs[0].seed} saw "
-                f"{runs[0].labelled} of {runs[0].seen}: their mean would say nothing about either"
+                f"seed {run.seed} cannot be averaged with seed {runs[0].seed}: they differ in {found[0]}, and their "
+                "mean would say nothing about either"
             )
 
 
@@ -123,13 +131,10 @@ def _last_plain(run: Result) -> float | None:
 
 def _spread(values: Sequence[float | None]) -> dict[str, Any] | None:
     known = [value for value in values if value is not None]
-    if len(known) < len(values):
+    found = spread(known)
+    if found is None or len(known) < len(values):
         return None
-    return {
-        "values": known,
-        "mean": statistics.fmean(known),
-        "std": statistics.stdev(known) if len(known) > 1 else None,
-    }
+    return {"values": known, "mean": found.mean, "std": found.std}
 
 
 def _comparison_table(first: Result, data: Mapping[str, Any]) -> Table:

@@ -6,7 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from kdx.formats import NONE, count, duration, milliseconds, number, percent, ratio, size, whole
+from kdx.history import History
+from kdx.markdown import code, inline, table
 from kdx.measure import Size
+from kdx.report_teachers import agreement_section, dropped_section, shown_section
 from kdx.result import Metrics, Point, Result
 from kdx.standings import Standing, gain_sentence, label_sentences, standings, student_role
 
@@ -28,21 +31,31 @@ FILES: Mapping[str, str] = {
 
 
 def report_text(
-    result: Result, *, place: str, files: Sequence[str], texts: Mapping[str, str], environment: Mapping[str, Any]
+    result: Result,
+    *,
+    place: str,
+    files: Sequence[str],
+    texts: Mapping[str, str],
+    environment: Mapping[str, Any],
+    history: History,
 ) -> str:
     """The text of `report.md`.
 
     `place` is the folder as `kdx.load_student` takes it, `files` the names in it, `texts` the content of `plan.txt` and
-    `config.yaml` where there are such files, and `environment` that of `environment.json`.
+    `config.yaml` where there are such files, `environment` that of `environment.json`, and `history` that of
+    `metrics.jsonl`.
     """
     sections = [
-        f"# {_inline(result.name)}",
+        f"# {inline(result.name)}",
         _run_line(result),
         *_outcome(result),
         *_comparison(result),
+        *agreement_section(result),
+        *dropped_section(result),
         *_compression(result),
         *_epochs(result),
         *_curves(files),
+        *shown_section(history, result.classes),
         *_confusion(result, files),
         *_time(result),
         *_files(place, files),
@@ -54,7 +67,7 @@ def report_text(
 
 
 def _run_line(result: Result) -> str:
-    return f"Status: {_inline(result.status)}. Seed: {result.seed}. Hash: `{result.hash}`."
+    return f"Status: {inline(result.status)}. Seed: {result.seed}. Hash: `{result.hash}`."
 
 
 def _outcome(result: Result) -> list[str]:
@@ -95,12 +108,12 @@ def _comparison(result: Result) -> list[str]:
         "Test split, each at its best epoch. Multiply-adds and latency (one thread, median) are those of one sample; "
         "an ensemble costs what its members cost together."
     )
-    return ["## Comparison", _table(heads, rows), note]
+    return ["## Comparison", table(heads, rows), note]
 
 
 def _comparison_row(standing: Standing) -> list[str]:
     test, cost = standing.test, standing.size
-    name = f"{standing.role} {_code(standing.name)}" if standing.name else standing.role
+    name = f"{standing.role} {code(standing.name)}" if standing.name else standing.role
     return [
         name,
         whole(standing.labelled),
@@ -123,9 +136,9 @@ def _compression(result: Result) -> list[str]:
     larger = [one for one in standings(result) if one.size is not None and one.role in ("teacher", "ensemble")]
     if small is None or not larger:
         return []
-    rows = [[f"{one.role} {_code(one.name)}", *_ratios(one.size, small)] for one in larger if one.size is not None]
+    rows = [[f"{one.role} {code(one.name)}", *_ratios(one.size, small)] for one in larger if one.size is not None]
     heads = ["against", "parameters", "multiply-adds", "file", "CPU latency"]
-    return ["## Compression", "How many times smaller or faster the student is.", _table(heads, rows)]
+    return ["## Compression", "How many times smaller or faster the student is.", table(heads, rows)]
 
 
 def _ratios(large: Size, small: Size) -> list[str]:
@@ -151,7 +164,7 @@ def _epochs(result: Result) -> list[str]:
         [name.replace("_", " ").replace("f1", "F1"), *(_metric(name, metrics) for _, metrics in columns)]
         for name in names
     ]
-    return ["## Best and last epoch", _table(["", *(head for head, _ in columns)], rows)]
+    return ["## Best and last epoch", table(["", *(head for head, _ in columns)], rows)]
 
 
 def _splits(point: Point) -> list[tuple[str, Metrics]]:
@@ -180,13 +193,13 @@ def _confusion(result: Result, files: Sequence[str]) -> list[str]:
         pairs.sort(key=lambda pair: -pair[0])
         rows = [
             [
-                _inline(result.classes[row]),
-                _inline(result.classes[column]),
+                inline(result.classes[row]),
+                inline(result.classes[column]),
                 f"{wrong:,} of {sum(result.confusion[row]):,}",
             ]
             for wrong, row, column in pairs[:5]
         ]
-        lines += ["The most frequent confusions:", _table(["true class", "taken for", "samples"], rows, numbers=False)]
+        lines += ["The most frequent confusions:", table(["true class", "taken for", "samples"], rows, numbers=False)]
     return lines
 
 
@@ -200,20 +213,20 @@ def _time(result: Result) -> list[str]:
     )
     rows = [[name, duration(value), percent(value / seconds.total) if seconds.total else NONE] for name, value in parts]
     rows.append(["**whole run**", duration(seconds.total), ""])
-    return ["## Time", _table(["part", "time", "share"], rows)]
+    return ["## Time", table(["part", "time", "share"], rows)]
 
 
 def _files(place: str, files: Sequence[str]) -> list[str]:
-    rows = [[_code(name), FILES[name]] for name in FILES if name in files]
+    rows = [[code(name), FILES[name]] for name in FILES if name in files]
     load = f'```python\nimport kdx\n\nstudent = kdx.load_student("{place}")\n```'
-    return ["## Files", _table(["file", "what it holds"], rows, numbers=False), "To load the student:", load]
+    return ["## Files", table(["file", "what it holds"], rows, numbers=False), "To load the student:", load]
 
 
 def _environment(environment: Mapping[str, Any]) -> list[str]:
     if not environment:
         return []
-    rows = [[_code(name), _inline(value)] for name, value in _flat(environment)]
-    return ["## Environment", _table(["", "value"], rows, numbers=False)]
+    rows = [[code(name), inline(value)] for name, value in _flat(environment)]
+    return ["## Environment", table(["", "value"], rows, numbers=False)]
 
 
 def _flat(data: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
@@ -231,18 +244,3 @@ def _fenced(title: str, text: str | None, language: str) -> list[str]:
     while fence in text:
         fence += "`"
     return [f"## {title}", f"{fence}{language}\n{text.rstrip()}\n{fence}"]
-
-
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: bool = True) -> str:
-    """A table whose columns after the first are right-aligned if they hold `numbers`."""
-    rules = ["---", *(["---:" if numbers else "---"] * (len(heads) - 1))]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, rules, *rows))
-
-
-def _inline(text: str) -> str:
-    """Text of a user that Markdown is to show as it is."""
-    return "".join(f"\\{letter}" if letter in "\\`*_[]<>|#&!~" else letter for letter in text).replace("\n", " ")
-
-
-def _code(text: str) -> str:
-    return f"`{text.replace('`', chr(39)).replace('|', chr(92) + '|')}`"

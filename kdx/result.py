@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, get_args, get_origin, get_type_hints
 
@@ -59,10 +59,12 @@ class Seconds:
 
 @dataclass(frozen=True)
 class Result:
-    """The outcome of a run.
+    """The outcome of a run. `name` is the one that is shown: the config's title, or its name.
 
     `labelled` of the `seen` training samples had a label that the run could see. `confusion[i][j]` counts test samples
-    of class i that were taken for class j at the best epoch.
+    of class i that were taken for class j at the best epoch. `agreement` maps each teacher and then each split (`val`,
+    `test`) to what `kdx.agreement` finds for the student that is kept. `dropped` counts the answers of each teacher
+    that were left out of training because they were not finite; it is empty where such answers are refused.
     """
 
     name: str
@@ -80,6 +82,8 @@ class Result:
     teachers: dict[str, Row]
     targets: dict[str, Row]
     plain: Row | None
+    agreement: dict[str, dict[str, Metrics]] = field(default_factory=dict)
+    dropped: dict[str, int] = field(default_factory=dict)
 
 
 def to_dict(result: Result) -> dict[str, Any]:
@@ -167,14 +171,15 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
 
 def _decode_fields(kind: Any, value: Any, where: str) -> Any:
     _expect(isinstance(value, Mapping), value, where, f"a mapping ({kind.__name__})")
-    names = [field.name for field in fields(kind)]
+    names = [item.name for item in fields(kind)]
+    needed = [item.name for item in fields(kind) if item.default_factory is MISSING]
     for name in value:
         if name not in names:
             raise CheckpointError(f"{where}: {name!r} is not known here; {did_you_mean(str(name), names)}")
-    if missing := [name for name in names if name not in value]:
+    if missing := [name for name in needed if name not in value]:
         raise CheckpointError(f"{where}: misses {', '.join(missing)}")
     hints = get_type_hints(kind)
-    return kind(**{name: _decode(hints[name], value[name], f"{where}: {name}") for name in names})
+    return kind(**{name: _decode(hints[name], value[name], f"{where}: {name}") for name in names if name in value})
 
 
 def _expect(holds: bool, value: Any, where: str, what: str) -> None:

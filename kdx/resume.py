@@ -29,6 +29,9 @@ def training_state(session: Session, seconds: float) -> dict[str, Any]:
         "last": session.last,
         "phases": session.runtime.stopwatch.seconds(),
         "seconds": seconds,
+        "tally": session.tally.state(),
+        "guard": session.guard.state(),
+        "batched": session.teachers.batched,
     }
 
 
@@ -48,6 +51,8 @@ def restore(session: Session, state: Mapping[str, Any], where: str) -> None:
             torch.cuda.set_rng_state_all(state["random_cuda"])
         for name, seconds in state["phases"].items():
             session.runtime.stopwatch.add(name, seconds)
+        session.guard.load_state(state["guard"])
+        session.tally.load_state(state["tally"], session.runtime.device)
         session.step, session.best, session.last = state["step"], state["best"], state["last"]
     except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"the state in {where} is of another run ({error}); start afresh with --fresh") from error

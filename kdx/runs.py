@@ -27,7 +27,7 @@ from kdx.derive import expand_runs, plain_config, with_networks
 from kdx.errors import CheckpointError, ConfigError, KdxError
 from kdx.files import write_text
 from kdx.identity import environment, run_hash
-from kdx.loop import Session, Watchers, make_session, training
+from kdx.loop import Session, Watchers, batch_teachers, make_session, training
 from kdx.options import plain_options
 from kdx.outcome import conclude, run_row
 from kdx.plan import Plan, make_plan
@@ -160,6 +160,7 @@ def build_plan(prepared: Prepared, options: Options, *, trained: bool, device: t
         device=device,
         ready=ready if trained else None,
         networks=_copies(networks),
+        classes={name: need.splits.facts.classes for name, need in prepared.needs.items() if name in spec.teachers},
     )
     check_answer(plan, {name: value[:2].to(device or "cpu") for name, value in prepared.sample.items()})
     compile_hook(spec.registry, "kdx_plan_ready")(plan)
@@ -289,12 +290,15 @@ def _train(prepared: Prepared, options: Options) -> Generator[None, None, Result
         device=str(runtime.device),
         precision=runtime.precision,
     )
-    write_text(folder / "environment.json", json.dumps(about, indent=2) + "\n")
     state = load_state(folder / CHECKPOINT)
     if state is not None:
         restore(session, state, str(folder / CHECKPOINT))
         worked.before = state["seconds"]
         _say(options, f"{folder.name}: goes on after update {session.step} of {session.steps}")
+    about["teacher_calls"] = batch_teachers(session, None if state is None else state["batched"])
+    for line in about["teacher_calls"]:
+        _say(options, f"{folder.name}: {line}")
+    write_text(folder / "environment.json", json.dumps(about, indent=2) + "\n")
     info = RunInfo(
         spec.root.name, folder, prepared.hash, spec.config, session.steps, session.steps_per_epoch, session.step
     )

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from kdx.components import Engine
+from kdx.devices import DTYPES, pick_device, pick_precision
 from kdx.errors import ConfigError
 from kdx.sections import RuntimeOptions
-from kdx.types import Batch
-
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+from kdx.types import Batch, Losses
 
 
 class Runtime(Engine):
@@ -30,7 +29,7 @@ class Runtime(Engine):
         self.device = pick_device(options.device)
         self.precision = pick_precision(options.precision, self.device)
         self.stopwatch = Stopwatch(self.device)
-        self._dtype = _DTYPES.get(self.precision)
+        self._dtype = DTYPES.get(self.precision)
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self._clip: float | None = None
         if options.threads is not None:
@@ -38,7 +37,8 @@ class Runtime(Engine):
 
     def prepare(self, learner: nn.Module, optimizer: torch.optim.Optimizer, clip: float | None) -> None:
         """Take charge of what is trained."""
-        self._trained = [parameter for parameter in learner.parameters() if parameter.requires_grad]
+        self._named = {name: weight for name, weight in learner.named_parameters() if weight.requires_grad}
+        self._trained = [*self._named.values()]
         self.optimizer = optimizer
         self._clip = clip
 
@@ -57,6 +57,11 @@ class Runtime(Engine):
         if self.device.type == "cpu":
             return batch
         return {name: value.to(self.device) for name, value in batch.items()}
+
+    def wait(self) -> None:
+        """Wait until the device has done all that it was given."""
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
 
     def autocast(self) -> AbstractContextManager[object]:
         """The context of forward passes; without effect in fp32."""
@@ -78,6 +83,23 @@ class Runtime(Engine):
 
     def parameters(self) -> Iterator[nn.Parameter]:
         return iter(self._trained)
+
+    def look(self, batch: Batch, evaluate: Callable[[Mapping[str, Tensor], Batch | None], Losses]) -> None:
+        """Take the micro-batch that the updater sees next, and what evaluates the learner on it."""
+        self._batch, self._evaluate = batch, evaluate
+
+    @property
+    def batch(self) -> Batch:
+        return self._batch
+
+    def weights(self, owner: str | None = None) -> dict[str, nn.Parameter]:
+        prefix = "" if owner is None else f"nodes.{owner.replace('.', '/', 1)}."
+        return {name: weight for name, weight in self._named.items() if name.startswith(prefix)}
+
+    def losses(self, weights: Mapping[str, Tensor], batch: Batch | None = None) -> Losses:
+        if self.options.compile:
+            raise ConfigError("runtime.compile: the updater looks ahead, which a compiled step does not allow")
+        return self._evaluate(weights, batch)
 
     def state(self) -> dict[str, object]:
         """What a resumed run needs."""
@@ -124,36 +146,3 @@ class Stopwatch:
                 self.add(name, start.elapsed_time(end) / 1000.0)
             self._events.clear()
         return dict(self._seconds)
-
-
-def pick_device(name: str) -> torch.device:
-    """The device that a config names; `auto` is a GPU where there is one. Raises `ConfigError` for an absent one."""
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    if name == "auto":
-        return torch.device("cuda" if cuda else "mps" if mps else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"runtime.device: found {name!r}, expected auto, cpu, cuda, cuda:0 or mps") from error
-    absent = (device.type == "cuda" and not cuda) or (device.type == "mps" and not mps)
-    if absent or device.type not in ("cpu", "cuda", "mps"):
-        raise ConfigError(
-            f"runtime.device: found {name!r}, but this machine has no such device; auto takes what is there"
-        )
-    if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
-        raise ConfigError(f"runtime.device: found {name!r}, but there are {torch.cuda.device_count()} GPUs")
-    return device
-
-
-def pick_precision(name: str, device: torch.device) -> str:
-    """The precision of forward passes: `auto` is bf16 (else fp16) on a GPU and fp32 elsewhere.
-
-    A CPU without bf16 units is more than ten times slower in bf16, so `auto` never takes it there.
-    """
-    if name == "auto":
-        if device.type != "cuda":
-            return "fp32"
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if name == "fp16" and device.type == "cpu":
-        raise ConfigError("runtime.precision: fp16 needs a GPU; a CPU computes in fp32 or bf16")
-    return name

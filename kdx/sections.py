@@ -37,7 +37,11 @@ class TrainOptions:
 
 @dataclass(frozen=True)
 class RuntimeOptions:
-    """The `runtime` section: where and how a run computes. Only `precision` may change its numbers."""
+    """The `runtime` section: where and how a run computes. Only `precision` changes its numbers by more than rounding.
+
+    `teacher_batching` says whether frozen teachers of one architecture are one batched call: `auto` times either way
+    on a training batch when a run starts and says what it found, `always` and `never` do not ask.
+    """
 
     device: str = "auto"
     precision: str = "auto"
@@ -46,18 +50,27 @@ class RuntimeOptions:
     workers: int = 0
     threads: int | None = None
     eval_batch: int = 256
+    teacher_batching: str = "auto"
 
 
 @dataclass(frozen=True)
 class RootOptions:
-    """The sections of a config."""
+    """The sections of a config.
+
+    `name` is a part of the names of folders; `title` is what reports show in its place, and decides nothing else.
+    `on_bad_teacher` says what a nan or inf in a frozen teacher's logits leads to: `refuse` ends the run and names
+    teacher, update and samples; `drop` puts the mean of the other teachers' logits in its place for these samples, and
+    counts them.
+    """
 
     name: str = "run"
+    title: str = ""
     seed: int = 0
     out: str = "runs"
     plugins: list[str] = field(default_factory=list)
     installed_plugins: bool = True
     baseline: bool = True
+    on_bad_teacher: str = "refuse"
     data: dict[str, Any] = field(default_factory=dict)
     student: dict[str, Any] = field(default_factory=dict)
     teachers: dict[str, Any] = field(default_factory=dict)
@@ -68,6 +81,11 @@ class RootOptions:
     train: dict[str, Any] = field(default_factory=dict)
     runtime: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def shown_name(self) -> str:
+        """What the run is called in reports and tables."""
+        return self.title or self.name
+
 
 @dataclass(frozen=True)
 class ModelOptions:
@@ -75,6 +93,10 @@ class ModelOptions:
 
     `input` names the streams that the model reads; `taps` gives names to inner tensors; `run` is a config whose
     finished student this model is; `checkpoint` a file of weights; a `trainable` teacher is a peer.
+
+    The rest is for frozen teachers, and says how one computes: on a `device` of its own; with `offload: cpu` its
+    weights lie in main memory and are on the device only while it runs, so that teachers take turns there; in a
+    `precision` of its own, which is otherwise that of the run, or fp32 on another kind of device than the run's.
     """
 
     input: Any = None
@@ -82,6 +104,9 @@ class ModelOptions:
     run: Any = None
     checkpoint: str | None = None
     trainable: bool = False
+    device: str | None = None
+    offload: str | None = None
+    precision: str | None = None
 
 
 @dataclass(frozen=True)

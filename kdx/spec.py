@@ -12,6 +12,7 @@ from kdx.errors import ConfigError, KdxError, did_you_mean
 from kdx.optim import read_optimizer
 from kdx.options import plain_options, read_options
 from kdx.plugins import Entry, Registry
+from kdx.ranges import check_model, check_names, check_ranges
 from kdx.sections import ModelOptions, NodeOptions, RootOptions, RuntimeOptions, TrainOptions
 from kdx.types import Clock
 
@@ -99,7 +100,7 @@ def check(config: Mapping[str, Any], registry: Registry) -> RunSpec:
     train = read_options(TrainOptions, root.train, "train")
     runtime = read_options(RuntimeOptions, root.runtime, "runtime")
     train = replace(train, optimizer=train.optimizer or OPTIMIZER, updater=train.updater or UPDATER)
-    _check_ranges(root, train, runtime)
+    check_ranges(root, train, runtime)
     read_optimizer(train.optimizer)
     if not root.losses:
         raise ConfigError("losses: there are none, so nothing would be learnt; add at least `ce: {use: cross_entropy}`")
@@ -119,8 +120,6 @@ def check(config: Mapping[str, Any], registry: Registry) -> RunSpec:
     if not root.student:
         raise ConfigError("student: there is none; expected a model, as in `student: {use: timm, model: resnet18}`")
     student = _model("student", root.student, "student", registry)
-    if student.engine.trainable:
-        raise ConfigError("student.trainable: the student is always trained; leave it out")
     teachers = {name: _model(name, options, f"teachers.{name}", registry) for name, options in root.teachers.items()}
     targets = {name: _node("targets", name, options, registry) for name, options in root.targets.items()}
     align = {
@@ -128,7 +127,7 @@ def check(config: Mapping[str, Any], registry: Registry) -> RunSpec:
         for name, options in root.align.items()
     }
     losses = {name: _node("losses", name, options, registry) for name, options in root.losses.items()}
-    _check_names(root)
+    check_names(root)
     return RunSpec(
         config, root, train, runtime, lr, splits, data, views, updater, metrics, student, teachers, targets, align,
         losses, registry,
@@ -259,6 +258,7 @@ def _model(name: str, options: Any, where: str, registry: Registry) -> ModelSpec
     entry = registry.find("models", use, f"{where}.use")
     own = {item.name for item in fields(ModelOptions)}
     engine = read_options(ModelOptions, {key: value for key, value in rest.items() if key in own}, where)
+    check_model(engine, where)
     options = {key: value for key, value in rest.items() if key not in own}
     known = {item.name for item in fields(entry.component.Config)}
     for key in options:
@@ -340,58 +340,3 @@ def _read_input(found: Any, spec: Any, where: str, use: str) -> Any:
     if not isinstance(found, str):
         raise ConfigError(f"{where}: found {found!r}, expected one ref, as in student.mid")
     return found
-
-
-def _check_names(root: RootOptions) -> None:
-    owners: dict[str, str] = {"student": "student", "batch": "the batch", "losses": "the section of losses"}
-    for section in ("teachers", "targets", "align"):
-        for name in getattr(root, section):
-            where = f"{section}.{name}"
-            if not name.isidentifier():
-                raise ConfigError(f"{where}: {name!r} cannot be part of a ref; use letters, digits and underscores")
-            if name in owners:
-                raise ConfigError(f"{where}: the name {name!r} is taken by {owners[name]}; refs would be ambiguous")
-            owners[name] = where
-    for name in root.losses:
-        if not name.isidentifier():
-            raise ConfigError(f"losses.{name}: {name!r} is no valid name; use letters, digits and underscores")
-    if not root.name or any(char in root.name for char in "/\\\0") or root.name.startswith("."):
-        raise ConfigError(f"name: {root.name!r} cannot be a folder name")
-
-
-def _check_ranges(root: RootOptions, train: TrainOptions, runtime: RuntimeOptions) -> None:
-    def refuse(where: str, found: Any, expected: str) -> None:
-        raise ConfigError(f"{where}: found {found!r}, expected {expected}")
-
-    if (train.epochs is None) == (train.updates is None):
-        raise ConfigError("train: say how long, with either `epochs` or `updates`")
-    if train.epochs is not None and not 0 < train.epochs < float("inf"):
-        refuse("train.epochs", train.epochs, "a number above 0")
-    for where, value in {
-        "train.updates": train.updates,
-        "train.steps_per_epoch": train.steps_per_epoch,
-        "train.batch": train.batch,
-        "train.accumulate": train.accumulate,
-        "train.evaluate": train.evaluate,
-        "train.save": train.save,
-        "train.calibration": train.calibration,
-        "runtime.threads": runtime.threads,
-        "runtime.eval_batch": runtime.eval_batch,
-    }.items():
-        if value is not None and value < 1:
-            refuse(where, value, "a whole number from 1")
-    if train.batch % train.accumulate:
-        refuse("train.accumulate", train.accumulate, f"a divisor of train.batch ({train.batch})")
-    if runtime.workers < 0:
-        refuse("runtime.workers", runtime.workers, "0 or more")
-    if not train.weight_decay >= 0:
-        refuse("train.weight_decay", train.weight_decay, "0 or more")
-    if train.clip is not None and not train.clip > 0:
-        refuse("train.clip", train.clip, "a norm above 0")
-    if train.ema is not None and not 0 < train.ema < 1:
-        refuse("train.ema", train.ema, "a decay between 0 and 1")
-    precisions = ("auto", "fp32", "bf16", "fp16")
-    if runtime.precision not in precisions:
-        refuse("runtime.precision", runtime.precision, f"one of {', '.join(precisions)}")
-    if root.seed < 0:
-        refuse("seed", root.seed, "0 or more")

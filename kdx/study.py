@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import difflib
 import itertools
-import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from kdx.comparable import Basis, Facts, basis, fact_differences, facts_of, marks
 from kdx.config import absolute_paths, load, overlay, parse_override, read_yaml
 from kdx.errors import ConfigError, KdxError, did_you_mean
+from kdx.loop import length
 from kdx.options import read_options
 from kdx.result import Result, read_result
-from kdx.runs import Options, Prepared, Stopped, carry_out, check_run, family, finished, prepare
+from kdx.runs import Options, Prepared, check_run, family, finished, prepare
+from kdx.spec import full_config
 from kdx.table import plan_text
 
 
@@ -57,11 +58,15 @@ class Study:
 
 @dataclass(frozen=True)
 class Trial:
-    """One variant with one seed, not yet trained: its resolved config."""
+    """One variant with one seed, not yet trained: its resolved config.
+
+    `marks` say how the variant differs from the reference in its budget and data, and in what it does not name.
+    """
 
     variant: str
     seed: int
     config: Mapping[str, Any]
+    marks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -102,48 +107,24 @@ def plan_study(study: Study, options: Options, overrides: Sequence[str] = ()) ->
     """
     trials, plans = [], {}
     seen: dict[str, str] = {}
+    bases: dict[str, Basis] = {}
     checked: set[Path] = set()
     for seed in study.seeds:
         for variant in study.variants:
-            layers: list[Any] = [*variant.layers, *overrides, {"seed": seed, "name": study.name}]
+            layers: list[Any] = [*variant.layers, *overrides, _own_keys(study, variant, seed)]
             try:
                 _check_own_keys(layers[:-1])
                 trials.append(Trial(variant.name, seed, load(variant.path, layers)))
                 if seed == study.seeds[0]:  # other seeds have the same plans
                     prepared = prepare(trials[-1].config, options)
                     plans[variant.name] = _checked_plan(prepared, options, checked)
+                    bases[variant.name] = _basis(prepared)
             except KdxError as error:
                 raise type(error)(f"variant {variant.name}: {error}") from error
             if seed == study.seeds[0] and (other := seen.setdefault(prepared.hash, variant.name)) != variant.name:
                 raise ConfigError(f"the variants {other} and {variant.name} are one and the same run")
-    return trials, plans
-
-
-def carry_out_study(
-    trials: Sequence[Trial], options: Options, tell: Callable[[Sequence[Outcome], float], None]
-) -> list[Outcome]:
-    """Train what is missing. A trial that fails is kept with its reason and does not stop the others.
-
-    `tell` gets the outcomes so far and the seconds that are probably left, after each trial.
-    """
-    outcomes: list[Outcome] = []
-    spent: list[float] = []
-    for number, trial in enumerate(trials, 1):
-        began, folder, is_new = time.perf_counter(), "", True
-        try:
-            prepared = prepare(trial.config, options)
-            folder, is_new = prepared.folder.name, options.fresh or not finished(prepared)
-            outcome = Outcome(trial.variant, trial.seed, folder, carry_out(prepared, options))
-        except Stopped:
-            raise
-        except Exception as error:
-            reason = str(error) if isinstance(error, KdxError) else f"{type(error).__name__}: {error}"
-            outcome = Outcome(trial.variant, trial.seed, folder, None, reason)
-        if is_new:
-            spent.append(time.perf_counter() - began)
-        outcomes.append(outcome)
-        tell(outcomes, (len(trials) - number) * statistics.fmean(spent) if spent else 0.0)
-    return outcomes
+    found = {one.name: marks(bases[study.reference], bases[one.name], one.layers) for one in study.variants}
+    return [replace(trial, marks=found[trial.variant]) for trial in trials], plans
 
 
 def read_outcomes(folders: Sequence[Path]) -> list[Outcome]:
@@ -155,17 +136,10 @@ def read_outcomes(folders: Sequence[Path]) -> list[Outcome]:
     found = [(folder, read_result(folder)) for folder in folders]
     (first_folder, first), *others = found
     for folder, result in others:
-        for what, mine, own in (
-            ("classes", first.classes, result.classes),
-            ("the number of training samples", first.seen, result.seen),
-            ("the number of labels", first.labelled, result.labelled),
-            ("the number of updates", first.last.step, result.last.step),
-        ):
-            if mine != own:
-                raise ConfigError(
-                    f"{folder.name} cannot be compared with {first_folder.name}: they differ in {what} "
-                    f"({_short(own)} against {_short(mine)})"
-                )
+        if differing := fact_differences(facts_of(first), facts_of(result)):
+            raise ConfigError(
+                f"{folder.name} cannot be compared with {first_folder.name}: they differ in {differing[0]}"
+            )
     keys = [(result.name, result.seed) for _, result in found]
     by_name = len(set(keys)) == len(keys)
     return [
@@ -191,15 +165,30 @@ def _checked_plan(prepared: Prepared, options: Options, checked: set[Path]) -> s
     return plan_text(check_run(prepared, options))
 
 
+def _basis(prepared: Prepared) -> Basis:
+    """What the scores of a run will rest on."""
+    spec, splits = prepared.spec, prepared.splits
+    seen = len(splits.train)
+    labelled = sum(label >= 0 for label in splits.facts.labels)
+    return basis(
+        Facts(tuple(splits.facts.classes), seen, labelled, length(spec, seen)[1]),
+        full_config(spec),
+        seed=spec.root.seed,
+        teachers=[name for name in prepared.reached.models if name != "student"],
+        plain=None if prepared.plain is None else prepared.plain.hash,
+    )
+
+
+def _own_keys(study: Study, variant: Variant, seed: int) -> dict[str, Any]:
+    """What a study says for its trials. The title counts for no hash: a run that two studies share is one run."""
+    return {"seed": seed, "name": study.name, "title": f"{study.name} / {variant.name}"}
+
+
 def _check_own_keys(layers: Sequence[str | Mapping[str, Any]]) -> None:
     for layer in layers:
-        for key, own in (("seed", "seeds"), ("name", "name")):
+        for key, own in (("seed", "seeds"), ("name", "name"), ("title", "name")):
             if key in (parse_override(layer) if isinstance(layer, str) else layer):
                 raise ConfigError(f"{key}: no difference can change it; the study says it for all, as `{own}`")
-
-
-def _short(value: object) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _named(options: StudyOptions, path: Path) -> list[Variant]:

@@ -244,6 +244,11 @@ class Tapped(nn.Module):
         self._captured.cloned.update(name for name in self._hooked if name != EMBEDDING)
 
     @property
+    def is_hooked(self) -> bool:
+        """Whether a tensor is read by a hook on a module."""
+        return bool(self._hooked)
+
+    @property
     def stops_early(self) -> bool:
         """Whether the pass ends before the net's own output."""
         return not self._final

@@ -63,9 +63,10 @@ class Trial:
         rest = {name: value for name, value in options.items() if name not in self.knobs}
         if isinstance(node, type):
             self.config, self.facts = make_config(node, rest, self.who), FACTS
+            self.refs: Mapping[str, Any] = {}
         else:
             require(not options, self.who, f"options {sorted(options)} go with a class, not with an instance")
-            self.config, self.facts = node.config, node.given.facts
+            self.config, self.facts, self.refs = node.config, node.given.facts, node.given.refs
             shapes = shapes or node.given.shapes
         self.shapes = {name: self._shape(name, spec, shapes) for name, spec in self.component.inputs.items()}
         self.prototype = self.build(0) if isinstance(node, type) else copy.deepcopy(node)
@@ -75,7 +76,7 @@ class Trial:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             shapes = {name: shape for name, shape in self.shapes.items() if shape is not None}
-            return self.component(self.config, Given(shapes, self.facts, torch.Generator()))
+            return self.component(self.config, Given(shapes, self.facts, torch.Generator(), self.refs))
 
     def fresh(self) -> Node:
         return copy.deepcopy(self.prototype)

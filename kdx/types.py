@@ -74,13 +74,15 @@ class Losses:
     """What one forward pass of the learner gives. `total` and `parts` have a graph, the rest is for reports.
 
     `parts` maps each loss to its term times its weight, averaged over the batch (0-d); their sum is `total`. `terms`
-    are unweighted, 0-d or `[B]`; `knobs` holds those that were read from nodes, by config path.
+    are unweighted, 0-d or `[B]`; `knobs` holds those that were read from nodes, by config path; `shown` what reports
+    show of targets, `[B]`, `[B, M]` or 0-d by key.
     """
 
     total: Tensor
     terms: Mapping[str, Tensor]
     knobs: Mapping[str, Tensor] = field(default_factory=dict)
     parts: Mapping[str, Tensor] = field(default_factory=dict)
+    shown: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,8 @@ class StepReport:
     """What one update produced. Tensors stay on the device: read them only when they are shown (`numbers`).
 
     `terms` are unweighted, averaged over micro-batches, with `total` among them; `knobs` holds every knob that can
-    move, per-sample ones as their mean.
+    move, per-sample ones as their mean; `shown` what targets show, such as the weights of teachers, each as the mean
+    over the samples and, under a name that ends in `/std`, their spread.
     """
 
     clock: Clock
@@ -96,12 +99,13 @@ class StepReport:
     terms: Mapping[str, Tensor]
     knobs: Mapping[str, Tensor]
     samples: int
+    shown: Mapping[str, Tensor] = field(default_factory=dict)
 
     def numbers(self) -> dict[str, float]:
         """All values as floats, in one transfer from the device."""
         import torch
 
-        tensors = {**self.terms, **self.knobs}
+        tensors = {**self.terms, **self.knobs, **self.shown}
         if not tensors:
             return {"lr": self.lr}
         stacked = torch.stack([value.detach().float().reshape(()) for value in tensors.values()]).tolist()
@@ -110,7 +114,11 @@ class StepReport:
 
 @dataclass(frozen=True)
 class EvalReport:
-    """What one evaluation produced: `metrics` of `who` (`student`, a teacher, a target) on `split`."""
+    """What one evaluation produced: `metrics` of `who` (`student`, a teacher, a target) on `split`.
+
+    On the split `train` these are no scores but what a target showed over the epoch that has just ended: the mean of a
+    number, its spread (`weights.wide/std`) and its mean in each class (`weights.wide[cat]`).
+    """
 
     clock: Clock
     split: str

@@ -124,6 +124,7 @@ class EntropyMean(kdx.Target):
     """
 
     name = "ebkd"
+    confidence = "code"
     inputs = {"logits": kdx.Many("*.logits")}
     knobs = {"temperature": kdx.Knob(4.0, above=0.0)}
     outputs = ("logits", "weights")

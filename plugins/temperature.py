@@ -77,6 +77,7 @@ class Standardised(kdx.Target):
     """
 
     name = "logit_std"
+    confidence = "values"
     inputs = {"logits": kdx.REQUIRED}
 
     def __init__(self, config: Standardised.Config, given: kdx.Given) -> None:
@@ -118,6 +119,7 @@ class DynamicTemperature(kdx.Target):
     """
 
     name = "dtd"
+    confidence = "paper"
     inputs = {"student": "student.logits", "teacher": "teacher.logits"}
     knobs = {
         "base": kdx.Knob(10.0, above=0.0),
@@ -160,6 +162,7 @@ class LearnedTemperature(kdx.Target):
     """
 
     name = "ctkd"
+    confidence = "code"
     knobs = {"gradient": kdx.Knob(-1.0, at_most=0.0)}
 
     @dataclass(frozen=True)

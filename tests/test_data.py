@@ -389,3 +389,62 @@ def test_two_epochs_at_once_on_the_same_workers_are_refused() -> None:
     next(loader.epoch(2))
     with pytest.raises(RuntimeError, match="this epoch was cut off"):
         next(first)
+
+
+def test_only_samples_of_the_chosen_classes_are_seen_and_their_labels_are_numbered_anew() -> None:
+    splits = make_splits(Numbers(balanced(), test=40), SplitOptions(classes=[3, 1], validation=10))
+    assert splits.facts.classes == ("d", "b")
+    for view, count in ((splits.train, 90), (splits.val, 10), (splits.test, 20)):
+        batch = whole(view)
+        assert len(batch["label"]) == count
+        assert torch.equal(batch["index"] % 4, torch.tensor([3, 1])[batch["label"]])
+        assert batch["label"].bincount().tolist() == [count // 2, count // 2]
+
+
+def test_a_choice_of_classes_leaves_positions_in_the_source_and_hides_all_other_labels() -> None:
+    splits = make_splits(Numbers(balanced()), SplitOptions(classes=[0, 2], validation=20, labelled=30))
+    assert splits.facts.size == len(splits.facts.labels) == 200
+    assert sum(label >= 0 for label in splits.facts.labels) == 30
+    assert all(i % 4 == 2 * label for i, label in enumerate(splits.facts.labels) if label >= 0)
+    assert len(splits.train) == 80
+
+
+def test_the_data_sets_own_validation_split_is_cut_to_the_chosen_classes_too() -> None:
+    splits = make_splits(Numbers(balanced(), val=12), SplitOptions(classes=[1, 2]))
+    assert whole(splits.val)["x"].tolist() == [1, 2, 5, 6, 9, 10]
+    assert len(splits.train) == 100
+
+
+def test_samples_without_a_label_belong_to_no_chosen_class() -> None:
+    splits = make_splits(Numbers([0, 1, -1, 2, 3] * 10, test=8), SplitOptions(classes=[0, 1], validation=0))
+    assert sorted(whole(splits.train)["index"].tolist()) == sorted([*range(0, 50, 5), *range(1, 50, 5)])
+
+
+def test_all_classes_in_their_order_are_the_whole_data_set() -> None:
+    every, chosen = (
+        make_splits(Numbers(balanced(), test=8), SplitOptions(classes=classes)) for classes in (None, [0, 1, 2, 3])
+    )
+    assert every.facts == chosen.facts
+    for ours, theirs in ((every.train, chosen.train), (every.val, chosen.val), (every.test, chosen.test)):
+        assert all(torch.equal(whole(ours)[name], whole(theirs)[name]) for name in ("x", "label", "index"))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ([0], r"data.classes: found \[0\], expected two or more different classes"),
+        ([0, 1, 1], r"found \[0, 1, 1\], expected two or more different"),
+        ([0, 4], r"data.classes: found 4, expected numbers from 0 to 3, as there are 4 classes"),
+        ([-1, 1], r"found -1, expected numbers from 0"),
+    ],
+)
+def test_a_choice_of_classes_that_cannot_be_is_refused(chosen: list[int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_splits(Numbers(balanced()), SplitOptions(classes=chosen))
+
+
+def test_classes_are_chosen_only_where_there_are_labels_and_samples_of_each() -> None:
+    with pytest.raises(ConfigError, match="the train split has no class labels to choose by"):
+        make_splits(Numbers(None), SplitOptions(classes=[0, 1]))
+    with pytest.raises(DataError, match="data.classes: the test split has no sample of 3"):
+        make_splits(Numbers(balanced(), test=3), SplitOptions(classes=[0, 3]))

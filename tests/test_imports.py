@@ -15,12 +15,12 @@ import kdx
 ROOT = Path(kdx.__file__).parent
 PLUGINS = ROOT.parent / "plugins"
 LAYERS = """
-    errors formats page
+    errors formats page statistics markdown figures stopping
     types files options config randomness heads sections
-    components
+    components ranges devices class_choice
     authoring hookspecs taps data optim measure checkpoint
-    result tap_list views
-    history standings
+    result tap_list views seats
+    history standings comparable
     builtin.layouts builtin.augment builtin.schedules builtin.losses builtin.metrics builtin.models builtin.updaters \
         builtin.pictures builtin.watchers
     builtin.aligners builtin.image_data
@@ -30,15 +30,20 @@ LAYERS = """
     plugins
     spec catalogue
     calls trial
-    reach
+    reach probe shown guard
     plan identity
+    plots_shown report_teachers batched
     modules runtime table deploy plots report_text
-    feed student report
+    feed student report functional
     loop
+    agreement
     outcome resume preflight derive
     runs
-    api init reference study
-    study_table
+    api init reference study fanout
+    study_table findings executors
+    processes ray_executor
+    study_plots study_latex study_text study_live
+    study_report
     tiny
     testing cli
     __main__

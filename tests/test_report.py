@@ -9,8 +9,8 @@ from rich.console import Console
 from sample_run import bare, sample_result, write_run
 
 from kdx.errors import CheckpointError, ConfigError
+from kdx.figures import ROLES
 from kdx.formats import count, duration, milliseconds, percent, points, ratio, size, whole
-from kdx.plots import ROLES
 from kdx.report import comparison, summary_table, write_report
 from kdx.result import read_result, to_dict, write_result
 from kdx.standings import label_sentences
@@ -252,7 +252,10 @@ def test_without_a_plain_student_there_is_no_difference():
     [
         ([], "needs at least one result"),
         ([sample_result(1), sample_result(1)], "seed 1 occurs twice"),
-        ([sample_result(0), dataclasses.replace(sample_result(1), labelled=500)], "seed 1 saw 500 labels of 54000"),
+        (
+            [sample_result(0), dataclasses.replace(sample_result(1), labelled=500)],
+            r"seed 1 cannot be averaged with seed 0: they differ in the number of labels \(500 against 600\)",
+        ),
     ],
 )
 def test_results_that_do_not_belong_together_are_refused(results, message):

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from kdx.devices import pick_device, pick_precision
 from kdx.errors import ConfigError
-from kdx.runtime import Runtime, Stopwatch, pick_device, pick_precision
+from kdx.runtime import Runtime, Stopwatch
 from kdx.sections import RuntimeOptions
 
 CPU = RuntimeOptions(device="cpu", precision="fp32")

@@ -18,7 +18,7 @@ from kdx.config import overlay
 from kdx.errors import ConfigError, KdxError
 from kdx.result import Point, Result, read_result
 from kdx.study import Outcome, plan_study, read_outcomes, read_study
-from kdx.study_table import progress_line, remarks, study_csv, study_lines, study_markdown
+from kdx.study_table import progress_line, remarks, study_csv, study_lines, study_markdown, warnings
 
 ABLATIONS = sorted((Path(kdx.__file__).parents[1] / "configs" / "ablations").glob("*.yaml"))
 
@@ -96,6 +96,29 @@ def test_every_shipped_study_names_configs_that_load(path: Path) -> None:
         plan_study(replace(found, seeds=(0,)), quiet())
 
 
+# --- what differs in more than its method
+
+
+def test_variants_of_another_budget_are_marked_although_they_say_so() -> None:
+    variants = {"full": {}, "longer": {"train": {"updates": 9}}, "no_hint": {"losses": {"hint": None}}}
+    trials, _ = plan_study(read_study(study(variants=variants)), quiet())
+    marks = {trial.variant: trial.marks for trial in trials}
+    assert marks["longer"] == ("train.updates (9 against 6)", "the number of updates (9 against 6)")
+    assert marks["full"] == marks["no_hint"] == ()
+    assert warnings(trials, "full") == [f"longer differs from full in {', '.join(marks['longer'])}"]
+
+
+def test_a_recipe_is_marked_where_a_variant_is_a_whole_config_and_not_where_it_is_named() -> None:
+    write_config(Path("other.yaml"), CASCADE, {"losses": {"hint": None}, "train": {"lr": 0.1}})
+    variants = {"full": {}, "faster": {"train": {"lr": 0.1}}, "other": "other.yaml"}
+    trials, _ = plan_study(read_study(study(variants=variants)), quiet())
+    assert {trial.variant: trial.marks for trial in trials} == {
+        "full": (),
+        "faster": (),
+        "other": ("train.lr (0.1 against 0.05)",),
+    }
+
+
 # --- what is refused
 
 
@@ -115,6 +138,8 @@ def test_seed_and_name_are_those_of_the_study() -> None:
     assert "variant other: seed: no difference can change it" in refusal(variants={"full": {}, "other": {"seed": 3}})
     with pytest.raises(ConfigError, match="name: no difference can change it"):
         plan_study(read_study(study(variants=TWO)), quiet(), ["name=mine"])
+    with pytest.raises(ConfigError, match="title: no difference can change it"):
+        plan_study(read_study(study(variants=TWO)), quiet(), ["title=mine"])
 
 
 def test_two_variants_that_are_the_same_run_are_refused() -> None:
@@ -152,6 +177,26 @@ def test_a_study_trains_each_trial_once_and_shares_teachers_and_plain_students(
     assert main(["ablate", path, "--seeds", "0,1,2"]) == 0
     assert all(file.stat().st_mtime_ns == time for file, time in before.items())
     assert folders(Path("runs")).count("study") == 6
+
+
+def test_runs_are_shown_by_study_and_variant_and_a_new_name_of_a_variant_trains_nothing() -> None:
+    write_config(Path("base.yaml"), PLAIN)
+    variants: dict[str, Any] = {"slow": {}, "fast": {"train": {"lr": 0.1}}}
+    assert main(["ablate", str(study(variants=variants, seeds=[0])), "--quiet"]) == 0
+    found = {read_result(path.parent).name: path.parent for path in Path("runs").glob("study-*/result.json")}
+    assert set(found) == {"study / slow", "study / fast"}
+    weights = {path: path.stat().st_mtime_ns for path in Path("runs").glob("study-*/student.safetensors")}
+    assert main(["ablate", str(study(variants={"slow": {}, "quick": variants["fast"]}, seeds=[0])), "--quiet"]) == 0
+    assert {path: path.stat().st_mtime_ns for path in Path("runs").glob("study-*/student.safetensors")} == weights
+    assert read_result(found["study / fast"]).name == "study / quick"
+    assert "study / quick" in (found["study / fast"] / "report.html").read_text()
+
+
+def test_the_title_is_no_part_of_the_plain_student_or_of_a_teacher() -> None:
+    run_in(Path("runs"), CASCADE, {"title": "shown"})
+    names = {path.parent.name.rpartition("-")[0]: read_result(path.parent).name
+             for path in Path("runs").glob("*/result.json")}  # fmt: skip
+    assert names == {"distilled": "shown", "distilled_plain": "distilled_plain", "wide": "wide"}
 
 
 def test_a_trial_that_fails_is_reported_and_the_others_go_on(capsys: pytest.CaptureFixture[str]) -> None:
@@ -279,3 +324,27 @@ def test_the_report_of_one_run_is_written_anew(capsys: pytest.CaptureFixture[str
     assert (folder / "report.html").is_file()
     assert main(["report", "nowhere"]) == 2
     assert "there is no such file" in capsys.readouterr().err
+
+
+def test_a_study_is_reported_anew_from_its_folder_and_its_runs_can_be_compared(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_config(Path("base.yaml"), PLAIN)
+    variants = {"slow": {}, "fast": {"train": {"lr": 0.1}}, "longer": {"train": {"updates": 9}}}
+    main(["ablate", str(study(variants=variants, seeds=[0, 1]))])
+    folder = Path("runs/study_study")
+    before = (folder / "table.md").read_text()
+    (folder / "table.md").unlink()
+    (folder / "report.html").unlink()
+    assert main(["report", str(folder)]) == 0
+    assert (folder / "table.md").read_text() == before
+    assert (folder / "report.html").is_file()
+    runs = [str(path.parent) for path in Path("runs").glob("study-*/result.json")
+            if read_result(path.parent).name != "study / longer"]  # fmt: skip
+    capsys.readouterr()
+    assert main(["report", *runs, "--out", "comparison"]) == 0
+    assert "study / fast" in capsys.readouterr().out
+    assert "train.lr (0." in Path("comparison/table.csv").read_text()
+    assert (Path("comparison") / "report.html").is_file()
+    assert main(["report", str(folder), *runs]) == 2
+    assert "they differ in the number of updates" in capsys.readouterr().err

@@ -116,6 +116,8 @@ class TensorBoard:
                 self._scalar(f"terms/{name}", value, line.step)
             for name, value in line.knobs.items():
                 self._scalar(f"knobs/{name}", value, line.step)
+            for name, value in line.shown.items():
+                self._scalar(f"shown/{name}", value, line.step)
             self._scalar("train/lr", line.lr, line.step)
 
     def _scalar(self, tag: str, value: float, step: int) -> None:
@@ -183,7 +185,7 @@ class Progress:
 
     @hookimpl
     def kdx_eval_end(self, report: EvalReport) -> None:
-        if self.quiet:
+        if self.quiet or report.split == "train":  # which is no score
             return
         self._read_loss()
         score = _score(report)
@@ -223,7 +225,7 @@ class _Buffer:
     """Updates whose numbers are still on the device."""
 
     def __init__(self) -> None:
-        self._waiting: list[tuple[Clock, float, tuple[str, ...], tuple[str, ...]]] = []
+        self._waiting: list[tuple[Clock, float, tuple[tuple[str, ...], ...]]] = []
         self._values: list[Tensor] = []
 
     @property
@@ -231,8 +233,9 @@ class _Buffer:
         return len(self._waiting) >= EVERY
 
     def add(self, report: StepReport) -> None:
-        self._waiting.append((report.clock, report.lr, tuple(report.terms), tuple(report.knobs)))
-        values = [*report.terms.values(), *report.knobs.values()]
+        groups = (report.terms, report.knobs, report.shown)
+        self._waiting.append((report.clock, report.lr, tuple(map(tuple, groups))))
+        values = [value for group in groups for value in group.values()]
         if values:
             # Copied now, without waiting: the next update may write into the same memory.
             self._values.append(torch.stack([value.detach().float().reshape(()) for value in values]))
@@ -241,14 +244,8 @@ class _Buffer:
         """The lines of all waiting updates, in one transfer from the device."""
         numbers = iter(torch.cat(self._values).tolist() if self._values else ())
         lines = [
-            StepLine(
-                clock.step,
-                _epoch(clock),
-                lr,
-                {name: next(numbers) for name in terms},
-                {k: next(numbers) for k in knobs},
-            )
-            for clock, lr, terms, knobs in self._waiting
+            StepLine(clock.step, _epoch(clock), lr, *({name: next(numbers) for name in names} for names in groups))
+            for clock, lr, groups in self._waiting
         ]
         self._waiting.clear()
         self._values.clear()

@@ -1,0 +1,33 @@
+"""The wish to stop, as a person or a cluster utters it."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+
+from rich.console import Console
+
+
+class Stopper:
+    """Turns the first SIGINT or SIGTERM within its block into a wish to stop; a second one ends the process."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._asked = False
+
+    def __call__(self) -> bool:
+        return self._asked
+
+    def __enter__(self) -> Stopper:
+        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
+        self._asked = True
+        self._console.print("stopping after this update; once more stops at once", style="yellow")
