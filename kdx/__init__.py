@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from kdx.components import REQUIRED as REQUIRED
     from kdx.components import Aligner as Aligner
     from kdx.components import Dataset as Dataset
-    from kdx.components import Engine as Engine
     from kdx.components import Given as Given
     from kdx.components import Knob as Knob
     from kdx.components import Loss as Loss
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
     from kdx.components import Schedule as Schedule
     from kdx.components import Split as Split
     from kdx.components import Target as Target
-    from kdx.components import Updater as Updater
     from kdx.components import hookimpl as hookimpl
     from kdx.components import per_sample as per_sample
     from kdx.errors import CheckpointError as CheckpointError
@@ -53,6 +51,8 @@ if TYPE_CHECKING:
     from kdx.types import Shape as Shape
     from kdx.types import StepReport as StepReport
     from kdx.types import StreamFacts as StreamFacts
+    from kdx.updater import Engine as Engine
+    from kdx.updater import Updater as Updater
 
 __version__ = "0.1.0"
 
@@ -60,8 +60,8 @@ _NAMES = {
     "kdx.api": ("RunResult", "make", "run"),
     "kdx.authoring": ("check_choice", "check_classes", "over_labelled", "pool_to_smaller"),
     "kdx.components": (
-        "OPTIONAL", "REQUIRED", "Aligner", "Dataset", "Engine", "Given", "Knob", "Loss", "Many", "Metric", "Model",
-        "Network", "Node", "Schedule", "Split", "Target", "Updater", "hookimpl", "per_sample",
+        "OPTIONAL", "REQUIRED", "Aligner", "Dataset", "Given", "Knob", "Loss", "Many", "Metric", "Model",
+        "Network", "Node", "Schedule", "Split", "Target", "hookimpl", "per_sample",
     ),
     "kdx.errors": ("CheckpointError", "ConfigError", "DataError", "KdxError", "PlanError", "PluginError"),
     "kdx.plan": ("Plan",),
@@ -70,6 +70,7 @@ _NAMES = {
     "kdx.types": (
         "Batch", "Clock", "DataFacts", "EvalReport", "Losses", "RunInfo", "Shape", "StepReport", "StreamFacts",
     ),
+    "kdx.updater": ("Engine", "Updater"),
 }  # fmt: skip
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 

@@ -99,7 +99,7 @@ class NodeCall:
     """Runs a target, an aligner or a loss.
 
     `arguments` maps each parameter of `forward` to a key, a tuple of keys, or None; knobs are among them. `weight` is
-    the key of a loss's weight.
+    the key of a loss's weight; `parts` holds what is borrowed, a list where it is any number of parts.
     """
 
     name: str
@@ -108,13 +108,18 @@ class NodeCall:
     module: Node
     arguments: Mapping[str, Key | tuple[Key, ...] | None]
     gives: tuple[Key, ...]
-    parts: Mapping[str, Borrowed] = field(default_factory=dict)
+    parts: Mapping[str, Borrowed | list[Borrowed]] = field(default_factory=dict)
     weight: Key = ""
     label: str = ""
 
     @property
     def reads(self) -> tuple[Key, ...]:
         return tuple(_keys(self.arguments.values())) + ((self.weight,) if self.weight else ())
+
+    @property
+    def borrowed(self) -> tuple[Borrowed, ...]:
+        """All borrowed parts, one after another."""
+        return tuple(one for part in self.parts.values() for one in (part if isinstance(part, list) else [part]))
 
     def inputs(self, values: Values) -> dict[str, Any]:
         """The arguments of `forward`."""

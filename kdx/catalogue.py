@@ -69,7 +69,9 @@ def component_rows(entry: Entry) -> Iterator[tuple[str, str, str, str]]:
         if entry.kind == "losses":
             yield "knob", "weight", "number, schedule or ref", "1"
         for name, part in component.borrows.items():
-            yield "part", name, "part of a model", part
+            yield ("part", name, "parts of models", ", ".join(part.default)) if isinstance(part, Many) else (
+                "part", name, "part of a model", part
+            )  # fmt: skip
     for item in fields(component.Config):
         yield "option", item.name, type_text(item.type), default_text(item)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kdx.errors import PlanError
-from kdx.types import Batch, Clock, DataFacts, Losses, Shape
+from kdx.types import Batch, Clock, DataFacts, Shape
 
 if TYPE_CHECKING:
     from kdx.randomness import Randomness
@@ -79,17 +79,19 @@ def per_sample(knob: Tensor, like: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Given:
-    """What the engine hands to a node when it is built.
+    """What the engine hands to a node or an updater when it is built.
 
     `shapes` maps each input to the shape of one sample (a list of shapes for `Many`); `facts` describes the data;
     `generator` is the node's own source of random numbers, saved with the checkpoint; `refs` maps each input to the
-    tensor behind it (a list for `Many`), as `cnn.logits`.
+    tensor behind it (a list for `Many`), as `cnn.logits`. An updater is told the `losses`: the name of each and the
+    component behind it, in the order of `Losses.parts`.
     """
 
     shapes: Mapping[str, Any] = field(default_factory=dict)
     facts: DataFacts = field(default_factory=lambda: DataFacts(streams={}))
     generator: torch.Generator = field(default_factory=torch.Generator)
     refs: Mapping[str, Any] = field(default_factory=dict)
+    losses: Mapping[str, str] = field(default_factory=dict)
 
     def shape(self, name: str) -> Shape:
         """The per-sample shape of the input `name`."""
@@ -173,7 +175,7 @@ class Node(Component, nn.Module):
     knobs: each knob of `forward` -> `Knob`.
     outputs: the fields that `forward` returns; `("out",)` for a plain tensor, else a dict with these keys.
     borrows: each parameter of `forward` -> a sub-module of a model, as `teacher.classifier`. It is called with gradient
-        to its input and none to its weights.
+        to its input and none to its weights. `Many("*.classifier")` gives a list, one for each teacher.
     trains: the borrowed parts whose weights learn from the node as well. They must be parts of a model that is trained.
     same_shape: groups of inputs whose shapes must be equal.
     confidence: how sure it is that a published method is computed: `values` where numbers of public code are met, `code`
@@ -185,7 +187,7 @@ class Node(Component, nn.Module):
     inputs: ClassVar[Mapping[str, Input]] = {}
     knobs: ClassVar[Mapping[str, Knob]] = {}
     outputs: ClassVar[tuple[str, ...]] = ("out",)
-    borrows: ClassVar[Mapping[str, str]] = {}
+    borrows: ClassVar[Mapping[str, str | Many]] = {}
     trains: ClassVar[tuple[str, ...]] = ()
     same_shape: ClassVar[tuple[tuple[str, ...], ...]] = ()
     confidence: ClassVar[str] = ""
@@ -314,57 +316,3 @@ class Metric(Component, ABC):
 
     @abstractmethod
     def compute(self) -> dict[str, float]: ...
-
-
-class Updater(Component, ABC):
-    """Turns terms into a change of the weights. The default one follows `losses.total`; others merge the gradients of
-    `losses.parts`.
-
-    `backward` is called once per micro-batch with `share`, the micro-batch's part of the whole batch; `step` once per
-    update. Both go through `engine`, which knows precision and process groups.
-    """
-
-    def __init__(self, config: Any) -> None:
-        self.config = config
-
-    @abstractmethod
-    def backward(self, losses: Losses, share: float, engine: Engine) -> None: ...
-
-    @abstractmethod
-    def step(self, engine: Engine) -> None: ...
-
-
-class Engine(ABC):
-    """What an updater may ask of the engine."""
-
-    optimizer: torch.optim.Optimizer
-
-    @abstractmethod
-    def backward(self, value: Tensor) -> None:
-        """Add the gradient of a 0-d `value` to the parameters, scaled as the precision needs."""
-
-    @abstractmethod
-    def update(self) -> None:
-        """Unscale, clip, step the optimizer, and clear the gradients."""
-
-    @abstractmethod
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """All that is trained."""
-
-    @property
-    def batch(self) -> Batch:
-        """The micro-batch that the losses at hand are of."""
-        raise NotImplementedError(f"{type(self).__name__} does not know the batch")
-
-    def weights(self, owner: str | None = None) -> dict[str, nn.Parameter]:
-        """All that is trained, or what is trained of a part of the config such as `targets.tau`, by name."""
-        raise NotImplementedError(f"{type(self).__name__} does not know the names of weights")
-
-    def losses(self, weights: Mapping[str, Tensor], batch: Batch | None = None) -> Losses:
-        """What the learner gives with other values of some of its weights, on the present micro-batch or on another.
-
-        Names are those of `weights`. The graph goes to the given tensors and allows second derivatives. Nothing else
-        changes: batch statistics, memories and random numbers are afterwards as they were. The teachers run for
-        another batch as for their own.
-        """
-        raise NotImplementedError(f"{type(self).__name__} cannot evaluate the learner")

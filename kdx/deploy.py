@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdx.calls import NodeCall
+from kdx.calls import Borrowed, NodeCall
 from kdx.components import Loss, Network
 from kdx.errors import KdxError, PlanError
 from kdx.plan import Plan
@@ -59,7 +59,7 @@ def deployed(plan: Plan) -> Network:
         call.module,
         answer_fields(call),
         read_taps(plan.spec.student.engine.taps, "student.taps"),
-        {name: call.parts[name].module for name in call.module.answers if name in call.parts},
+        {name: _lent(call, name).module for name in call.module.answers if name in call.parts},
     )
 
 
@@ -113,10 +113,19 @@ def answer_fields(call: NodeCall) -> dict[str, str | list[str]]:
 def owner_of(plan: Plan, call: NodeCall, part: str) -> tuple[str, str]:
     """The model that a borrowed part comes from, and the part's path in it."""
     node = plan.spec.losses[call.name.removeprefix("losses.")]
-    owner, _, path = node.borrows[part].partition(".")
+    owner, _, path = str(node.borrows[part]).partition(".")
     if owner not in plan.spec.models:  # `teacher`, which stands for the only one
         owner = next(iter(plan.spec.teachers))
     return owner, path
+
+
+def _lent(call: NodeCall, name: str) -> Borrowed:
+    part = call.parts[name]
+    if isinstance(part, list):
+        raise PlanError(
+            f"{call.label}: `answers` names {name!r}, which is a list of parts; expected one part by itself"
+        )
+    return part
 
 
 def _field(key: str) -> str:

@@ -71,8 +71,9 @@ def plain_config(spec: RunSpec, models: list[str], splits: Splits) -> dict[str, 
     """The config of the same student without teachers; None when this run has no teachers, or the data no labels.
 
     Losses that need a teacher go, with the nodes that only they need. A single loss that is left has the weight 1, for
-    its weight or schedule balanced it against the teachers; several keep theirs. Samples without a label are dropped,
-    for nothing could be learnt from them, and an epoch keeps its number of updates: both students have the same budget.
+    its weight or schedule balanced it against the teachers; several keep theirs. An updater that needs
+    teachers goes, too. Samples without a label are dropped, for nothing could be learnt from them, and an epoch keeps
+    its number of updates: both students have the same budget.
     """
     if not any(name != "student" for name in models) or not any(label >= 0 for label in splits.facts.labels):
         return None
@@ -90,6 +91,8 @@ def plain_config(spec: RunSpec, models: list[str], splits: Splits) -> dict[str, 
     config["baseline"] = False
     config["data"] = {**config.get("data", {}), "unlabelled": "drop"}
     config["train"] = {**config["train"], "steps_per_epoch": length(spec, len(splits.train))[0]}
+    if spec.updater.entry.component.needs_teachers:
+        del config["train"]["updater"]
     return config
 
 
@@ -98,8 +101,8 @@ def _needy(spec: RunSpec) -> set[str]:
     everything = {**spec.nodes, **{f"losses.{name}": node for name, node in spec.losses.items()}}
 
     def owners(node: NodeSpec) -> set[str]:
-        refs: list[str] = list(node.borrows.values())
-        for value in (*node.inputs.values(), *node.knobs.values()):
+        refs: list[str] = []
+        for value in (*node.borrows.values(), *node.inputs.values(), *node.knobs.values()):
             refs += list(value) if isinstance(value, tuple) else [value] if isinstance(value, str) else []
         return {base_of(ref.partition(".")[0]) for ref in refs}
 

@@ -90,12 +90,20 @@ def carry_out_study(
     return board.outcomes()
 
 
-def carry_out_unit(unit: Unit, stop: Callable[[], bool], found: Found) -> None:
-    """Carry out a unit in this process; raises `Stopped` when asked to stop."""
-    console = Console(file=StringIO())
-    options = Options(unit.fresh, console, quiet=True, stop=stop, trained={Path(folder) for folder in unit.trained})
+def carry_out_unit(
+    unit: Unit, stop: Callable[[], bool], found: Found, console: Console | None = None
+) -> None:
+    """Carry out a unit in this process and say on a console, if there is one, how its runs go; raises `Stopped` when
+    asked to stop.
+    """
+    silent = Console(file=StringIO())
+    trained = {Path(folder) for folder in unit.trained}
+    options = Options(unit.fresh, console or silent, quiet=console is None, stop=stop, trained=trained)
     ready: dict[int, Prepared] = {}
     for place, config in unit.configs.items():
+        if console is not None:
+            who = f"{config.get('title') or config.get('name')}, seed {config.get('seed', 0)}"
+            console.print(f"{who}: begins", markup=False, highlight=False)
         try:
             ready[place] = prepare(config, options)
         except Exception as error:

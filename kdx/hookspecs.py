@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 import pluggy
 
 if TYPE_CHECKING:
-    from kdx.components import Aligner, Dataset, Loss, Metric, Model, Schedule, Target, Updater
+    from kdx.components import Aligner, Dataset, Loss, Metric, Model, Schedule, Target
     from kdx.plan import Plan
     from kdx.types import EvalReport, RunInfo, StepReport
+    from kdx.updater import Updater
 
 hookspec = pluggy.HookspecMarker("kdx")
 

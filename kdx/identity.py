@@ -44,7 +44,7 @@ def run_hash(spec: RunSpec, dataset: Dataset, reached: Reach, needs: Mapping[str
         ],
         "views": {name: _view(spec.views[name]) for name in reached.views},
         "models": {name: _model(spec.models[name], _fields(reached, name), needs.get(name)) for name in reached.models},
-        "nodes": {name: _node(node, reached.arguments[name]) for name, node in reached.nodes.items()},
+        "nodes": {name: _node(node, reached, name) for name, node in reached.nodes.items()},
         "metrics": [_part(part) for part in spec.metrics],
         "train": [train, _knob(spec.lr), _part(spec.updater)],
         "precision": spec.runtime.precision,
@@ -146,13 +146,14 @@ def _model(spec: ModelSpec, fields: Iterable[str], need: str | None) -> dict[str
     }
 
 
-def _node(node: NodeSpec, arguments: Mapping[str, Any]) -> dict[str, Any]:
+def _node(node: NodeSpec, reached: Reach, name: str) -> dict[str, Any]:
     """A node by what it reads: `*.logits` counts as the teachers that it stands for."""
+    arguments, borrowed = reached.arguments[name], reached.borrowed[name]
     return {
         "component": [node.entry.component.name, plain_options(node.options)],
         "inputs": {name: arguments[name] for name in node.inputs},
         "knobs": {name: arguments[name] if isinstance(knob, str) else _knob(knob) for name, knob in node.knobs.items()},
-        "borrows": dict(node.borrows),
+        "borrows": {key: ref if isinstance(ref, str) else borrowed[key] for key, ref in node.borrows.items()},
         "training": asdict(node.engine),
     }
 

@@ -17,20 +17,23 @@ from torch import Tensor
 
 from kdx.batched import alike
 from kdx.calls import Key
-from kdx.components import Dataset, Metric, Network, Schedule, Updater
+from kdx.components import Dataset, Given, Metric, Network, Schedule
 from kdx.data import Loader, Splits, View, in_order
 from kdx.deploy import deployed
+from kdx.errors import ConfigError
 from kdx.feed import Feed
 from kdx.functional import Present
 from kdx.guard import EVERY, Guard
 from kdx.modules import Average, Knobs, Learner, Teachers, overrides, trained
-from kdx.optim import make_optimizer, set_lr
+from kdx.optim import Trained, make_optimizer, set_lr
 from kdx.plan import Plan
 from kdx.probe import without_trace
+from kdx.randomness import seeded
 from kdx.runtime import Runtime
 from kdx.shown import Tally
 from kdx.spec import Part, RunSpec
 from kdx.types import Batch, Clock, DataFacts, EvalReport, StepReport
+from kdx.updater import Updater
 
 Watch = Callable[[Any], None]
 
@@ -94,9 +97,11 @@ def make_session(spec: RunSpec, plan: Plan, dataset: Dataset, splits: Splits, ru
     loader = Loader(splits.train, options.batch, spec.root.seed, spec.runtime.workers)
     steps_per_epoch, steps = length(spec, len(splits.train))
     peak = highest(spec.lr, steps_per_epoch, steps)
-    optimizer = make_optimizer(trained(spec, learner), options.optimizer, device=runtime.device, peak=peak)
-    runtime.prepare(learner, optimizer, options.clip)
-    updater: Updater = spec.updater.entry.component(spec.updater.options)
+    updater = make_updater(spec, plan).to(runtime.device)
+    groups = [*trained(spec, learner), Trained([*updater.parameters()], 1.0, 0.0)]
+    optimizer = make_optimizer(groups, options.optimizer, device=runtime.device, peak=peak)
+    runtime.prepare(learner, optimizer, options.clip, [*updater.parameters()])
+    updater.prepare(runtime)
     network = deployed(plan)
     average = Average(network, options.ema) if options.ema is not None else None
     knobs = Knobs(plan, runtime.device)
@@ -105,6 +110,20 @@ def make_session(spec: RunSpec, plan: Plan, dataset: Dataset, splits: Splits, ru
         Feed(loader, dataset, runtime, spec.root.seed), average, Tally(plan.shown, plan.facts.classes),
         Guard(plan.guarded, runtime.device), steps, steps_per_epoch,
     )  # fmt: skip
+
+
+def make_updater(spec: RunSpec, plan: Plan) -> Updater:
+    """The updater of a run, told of its losses. Raises `ConfigError` where it cannot work in a compiled step."""
+    names = [call.name.removeprefix("losses.") for call in plan.loss_calls]
+    losses = {name: spec.losses[name].entry.component.name for name in names}
+    given = Given({}, plan.facts, seeded(spec.root.seed, "generator", "train.updater"), losses=losses)
+    updater: Updater = spec.updater.entry.component(spec.updater.options, given)
+    if updater.eager and spec.runtime.compile:
+        raise ConfigError(
+            f"runtime.compile: the updater {updater.name} takes the step apart, which a compiled step does not allow; "
+            f"expected false"
+        )
+    return updater
 
 
 def length(spec: RunSpec, samples: int) -> tuple[int, int]:
@@ -142,13 +161,15 @@ def training(session: Session, watchers: Watchers) -> Iterator[None]:
         lr = session.schedule()
         set_lr(session.runtime.optimizer, lr)
         terms, moved = step(session, batch, knobs)
+        moved |= {key: knobs[key] for key in session.knobs.moving}
+        moved |= products(session.updater.shown(), {**knobs, **moved})
         session.step += 1
         if session.average is not None:
             session.average.update(session.clock)
-        for node in changers:
-            with torch.no_grad():
+        with torch.no_grad():
+            for node in changers:
                 node.after_update(session.clock)  # type: ignore[operator]
-        moved |= {key: knobs[key] for key in session.knobs.moving}
+            session.updater.after_update(session.clock)
         shown = session.tally.update() | session.guard.update()
         watchers.step_end(StepReport(session.clock, lr, terms, moved, len(batch["index"]), shown))
         if session.step % EVERY == 0 or _epoch_is_due(session, 1):
@@ -190,6 +211,11 @@ def step(session: Session, batch: Batch, knobs: Mapping[Key, Tensor]) -> tuple[d
     with runtime.stopwatch.phase("student"):
         session.updater.step(runtime)
     return terms, moved
+
+
+def products(factors: Mapping[str, Tensor], knobs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The numbers that an updater shows, those with the path of a knob times the knob."""
+    return {path: number * knobs[path] if path in knobs else number for path, number in factors.items()}
 
 
 def add_means(sums: dict[str, Tensor], values: Mapping[str, Tensor], share: float) -> None:

@@ -16,7 +16,7 @@ from kdx.errors import KdxError, PlanError, did_you_mean
 from kdx.guard import Guarded, guarded
 from kdx.probe import probe, shape_of
 from kdx.randomness import derive_seed
-from kdx.reach import Reach, base_of, reach
+from kdx.reach import Part, Reach, base_of, reach
 from kdx.seats import Seat, seat_of
 from kdx.shown import Shown, find_shown, read_knobs
 from kdx.spec import ModelSpec, NodeSpec, RunSpec
@@ -85,8 +85,9 @@ def make_plan(
     """Reach, wire, probe, build, split.
 
     `sample` holds at least two samples as they come from `Dataset.on_device`. `networks` are modules that stand in
-    for model sections; `classes` those that a teacher tells apart where it learnt others than those of the data. Raises `PlanError` where parts do not fit, naming path, shapes and component. Without `device`
-    the plan is for reading and checking alone, and everything is in main memory.
+    for model sections; `classes` those that a teacher tells apart where it learnt others than those of the data. Raises
+    `PlanError` where parts do not fit, naming path, shapes and component. Without `device` the plan is for reading and
+    checking alone, and everything is in main memory.
     """
     seats = {name: seat_of(model.engine, device, model.where) for name, model in spec.models.items()}
     device = device or torch.device("cpu")
@@ -237,28 +238,37 @@ def _node_call(
     return NodeCall(item, kind, node.where, module, passed, gives, parts, weight, label)
 
 
-def _parts(item: str, reached: Reach, spec: RunSpec, models: Mapping[str, Network]) -> dict[str, Borrowed]:
+def _parts(
+    item: str, reached: Reach, spec: RunSpec, models: Mapping[str, Network]
+) -> dict[str, Borrowed | list[Borrowed]]:
     """The borrowed parts of a node. One that it trains must be part of a model that the optimizer knows."""
     node = reached.nodes[item]
     component: type[Node] = node.entry.component
-    parts: dict[str, Borrowed] = {}
-    for name, (model, path) in reached.borrowed[item].items():
+
+    def lend(name: str, part: Part, ref: str) -> Borrowed:
+        model, path = part
         where, trains = f"{node.where}.borrows.{name}", name in component.trains
         is_run = any(base_of(owner) == model for owner in reached.order)
         if trains and (spec.models[model].frozen or not is_run):
             why = "is frozen" if spec.models[model].frozen else "no loss reads"
             raise PlanError(
-                f"{where}: {component.name} trains this part, but {node.borrows[name]} belongs to {model}, "
+                f"{where}: {component.name} trains this part, but {ref} belongs to {model}, "
                 f"which {why}; expected a part of a model that is trained, as in student.classifier"
             )
         engine = spec.models[model].engine
         if engine.device is not None or engine.offload is not None:
             raise PlanError(
-                f"{where}: {node.borrows[name]} is called where the student computes, but teachers.{model} has a place "
+                f"{where}: {ref} is called where the student computes, but teachers.{model} has a place "
                 "of its own; leave out its `device` and `offload`"
             )
-        parts[name] = Borrowed(find_part(models[model].net, path, where), trains=trains)
-    return parts
+        return Borrowed(find_part(models[model].net, path, where), trains=trains)
+
+    return {
+        name: [lend(name, one, ".".join(one)) for one in part]
+        if isinstance(part, list)
+        else lend(name, part, str(node.borrows[name]))
+        for name, part in reached.borrowed[item].items()
+    }
 
 
 def _check_same_shape(node: NodeSpec, given: Given) -> None:
@@ -305,7 +315,7 @@ def _teacher_side(spec: RunSpec, calls: list[Call]) -> set[str]:
             if spec.models[base_of(call.name)].frozen:
                 side.add(call.name)
         elif all(made[key] in side for key in call.reads if key in made) and not (
-            any(True for _ in call.module.parameters()) or any(part.trains for part in call.parts.values())
+            any(True for _ in call.module.parameters()) or any(part.trains for part in call.borrowed)
         ):
             side.add(call.name)
     return side

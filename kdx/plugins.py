@@ -17,8 +17,9 @@ from typing import Any
 import pluggy
 
 from kdx import hookspecs
-from kdx.components import Aligner, Component, Dataset, Loss, Metric, Model, Node, Schedule, Target, Updater
+from kdx.components import Aligner, Component, Dataset, Loss, Metric, Model, Node, Schedule, Target
 from kdx.errors import PluginError, did_you_mean
+from kdx.updater import Updater
 
 KINDS: Mapping[str, type[Component]] = {
     "datasets": Dataset,

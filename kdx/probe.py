@@ -20,7 +20,7 @@ def probe(call: Call, values: Values, shapes: dict[Key, Shape]) -> None:
     generator = None
     if isinstance(call, NodeCall):
         _check_knobs(call, shapes)
-        modules += [part.module for part in call.parts.values()]
+        modules += [part.module for part in call.borrowed]
         generator = call.module.given.generator
     with without_trace(*modules, generator=generator), torch.no_grad():
         try:

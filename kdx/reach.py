@@ -12,6 +12,9 @@ from kdx.spec import NodeSpec, RunSpec
 from kdx.taps import is_depth
 from kdx.types import DataFacts
 
+Part = tuple[str, str]
+"""A model's name and the path of a part in it."""
+
 
 @dataclass
 class Reach:
@@ -24,7 +27,7 @@ class Reach:
     fields: dict[str, tuple[str, ...]] = field(default_factory=dict)
     nodes: dict[str, NodeSpec] = field(default_factory=dict)
     arguments: dict[str, dict[str, Any]] = field(default_factory=dict)
-    borrowed: dict[str, dict[str, tuple[str, str]]] = field(default_factory=dict)
+    borrowed: dict[str, dict[str, Part | list[Part]]] = field(default_factory=dict)
     views: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
 
@@ -50,7 +53,7 @@ def reach(spec: RunSpec, facts: DataFacts) -> Reach:
             raise PlanError(f"{everything[item].where}: the nodes read each other in a circle: {circle}")
         if item in done:
             return
-        for model, _ in borrowed[item].values():
+        for model, _ in flat(borrowed[item]):
             wanted.setdefault(model, {})
         for key in _keys(arguments[item]):
             owner, _, name = key.partition(".")
@@ -78,6 +81,11 @@ def reach(spec: RunSpec, facts: DataFacts) -> Reach:
     found.unused = tuple(where for name, where in declared.items() if name not in live)
     found.unused += tuple(f"data.views.{name}" for name in spec.views if name not in found.views)
     return found
+
+
+def flat(borrowed: Mapping[str, Part | list[Part]]) -> list[Part]:
+    """All parts that a node borrows, one after another."""
+    return [one for part in borrowed.values() for one in (part if isinstance(part, list) else [part])]
 
 
 def base_of(owner: str) -> str:
@@ -109,17 +117,30 @@ class Resolver:
             resolved[name] = self.key(knob, where) if isinstance(knob, str) else where
         return resolved
 
-    def borrowed(self, node: NodeSpec) -> dict[str, tuple[str, str]]:
-        """Each borrowed part of a node -> the model's name and the path in it."""
-        parts: dict[str, tuple[str, str]] = {}
+    def borrowed(self, node: NodeSpec) -> dict[str, Part | list[Part]]:
+        """Each borrowed part of a node -> the model's name and the path in it; a list for any number of parts."""
+        parts: dict[str, Part | list[Part]] = {}
         for name, ref in node.borrows.items():
             where = f"{node.where}.borrows.{name}"
-            owner, _, path = ref.partition(".")
-            owner = self._alias(owner, ref, where)
-            if owner not in self.spec.models or not path:
-                raise PlanError(f"{where}: found {ref!r}, expected a part of a model, as in teacher.classifier")
-            parts[name] = (owner, path)
+            if isinstance(ref, str):
+                parts[name] = self._part(ref, where)
+                continue
+            found = [self._part(one, where) for each in ref for one in self._each_teacher(each)]
+            if not found:
+                raise PlanError(f"{where}: {', '.join(ref)} names no teacher, for there is none")
+            parts[name] = found
         return parts
+
+    def _part(self, ref: str, where: str) -> Part:
+        owner, _, path = ref.partition(".")
+        owner = self._alias(owner, ref, where)
+        if owner not in self.spec.models or not path:
+            raise PlanError(f"{where}: found {ref!r}, expected a part of a model, as in teacher.classifier")
+        return owner, path
+
+    def _each_teacher(self, ref: str) -> list[str]:
+        owner, dot, path = ref.partition(".")
+        return [ref] if owner != "*" else [f"{teacher}{dot}{path}" for teacher in self.spec.teachers]
 
     def keys(self, ref: str, where: str) -> list[Key]:
         """The keys of a ref that may stand for several: `*.logits` is that of every teacher."""

@@ -196,7 +196,8 @@ def _reads(component: type[Node]) -> dict[str, list[str]]:
     if "student" in found and found["student"] == found.get("teacher"):
         found = {"both": found["student"], **{who: names for who, names in found.items() if who not in _BOTH}}
     if component.borrows:
-        found["part"] = list(component.borrows.values())
+        for part in component.borrows.values():
+            found.setdefault("part", []).extend(default_refs(part))
     return found
 
 

@@ -21,8 +21,9 @@ def training_state(session: Session, seconds: float) -> dict[str, Any]:
         "targets": session.teachers.nodes.state_dict(),
         "optimizer": session.runtime.optimizer.state_dict(),
         "runtime": session.runtime.state(),
+        "updater": session.updater.state_dict(),
         "average": None if session.average is None else session.average.model.state_dict(),
-        "generators": {name: generator.get_state() for name, generator in generators(session.plan).items()},
+        "generators": {name: generator.get_state() for name, generator in _generators(session).items()},
         "random": torch.get_rng_state(),
         "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         "best": session.best,
@@ -42,9 +43,10 @@ def restore(session: Session, state: Mapping[str, Any], where: str) -> None:
         _load(session.teachers.nodes, state["targets"])
         session.runtime.optimizer.load_state_dict(state["optimizer"])
         session.runtime.load_state(state["runtime"])
+        _load(session.updater, state["updater"])
         if session.average is not None:
             session.average.model.load_state_dict(state["average"])
-        for name, generator in generators(session.plan).items():
+        for name, generator in _generators(session).items():
             generator.set_state(state["generators"][name])
         torch.set_rng_state(state["random"])
         if state["random_cuda"] and torch.cuda.is_available():
@@ -56,6 +58,10 @@ def restore(session: Session, state: Mapping[str, Any], where: str) -> None:
         session.step, session.best, session.last = state["step"], state["best"], state["last"]
     except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"the state in {where} is of another run ({error}); start afresh with --fresh") from error
+
+
+def _generators(session: Session) -> dict[str, torch.Generator]:
+    return {**generators(session.plan), "train.updater": session.updater.given.generator}
 
 
 def _load(module: nn.Module, state: Mapping[str, Tensor]) -> None:

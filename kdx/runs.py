@@ -303,7 +303,7 @@ def _train(prepared: Prepared, options: Options) -> Generator[None, None, Result
         spec.root.name, folder, prepared.hash, spec.config, session.steps, session.steps_per_epoch, session.step
     )
     lines = JsonLines(folder)
-    bars = Progress(options.console, spec.root.name, options.quiet)
+    bars = Progress(options.console, spec.root.shown_name, options.quiet)
 
     def save(session: Session) -> None:
         lines.flush()

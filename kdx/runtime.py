@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
-from kdx.components import Engine
 from kdx.devices import DTYPES, pick_device, pick_precision
 from kdx.errors import ConfigError
 from kdx.sections import RuntimeOptions
 from kdx.types import Batch, Losses
+from kdx.updater import Engine
 
 
 class Runtime(Engine):
@@ -35,10 +35,16 @@ class Runtime(Engine):
         if options.threads is not None:
             torch.set_num_threads(options.threads)
 
-    def prepare(self, learner: nn.Module, optimizer: torch.optim.Optimizer, clip: float | None) -> None:
-        """Take charge of what is trained."""
+    def prepare(
+        self,
+        learner: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        clip: float | None,
+        own: Sequence[nn.Parameter] = (),
+    ) -> None:
+        """Take charge of what is trained: the learner, and the updater's own parameters."""
         self._named = {name: weight for name, weight in learner.named_parameters() if weight.requires_grad}
-        self._trained = [*self._named.values()]
+        self._trained = [*self._named.values(), *(weight for weight in own if weight.requires_grad)]
         self.optimizer = optimizer
         self._clip = clip
 
@@ -84,6 +90,33 @@ class Runtime(Engine):
     def parameters(self) -> Iterator[nn.Parameter]:
         return iter(self._trained)
 
+    def gradients(
+        self, value: Tensor, weights: Sequence[Tensor] | None = None, *, retain: bool = True
+    ) -> list[Tensor | None]:
+        if self.options.compile:
+            raise ConfigError(
+                "runtime.compile: the updater takes the losses apart, which a compiled step does not allow"
+            )
+        chosen = self._trained if weights is None else [*weights]
+        if not value.requires_grad or not chosen:
+            return [None] * len(chosen)
+        if not self._scaler.is_enabled():
+            return [*torch.autograd.grad(value, chosen, retain_graph=retain, allow_unused=True)]
+        scaled = torch.autograd.grad(self._scaler.scale(value), chosen, retain_graph=retain, allow_unused=True)
+        inverse = 1 / self._scaler.scale(torch.ones((), device=self.device))
+        return [None if gradient is None else gradient * inverse for gradient in scaled]
+
+    @torch.no_grad()
+    def add(self, gradients: Sequence[Tensor | None]) -> None:
+        scale = self._scaler.scale(torch.ones((), device=self.device)) if self._scaler.is_enabled() else None
+        for weight, gradient in zip(self._trained, gradients, strict=True):
+            if gradient is not None:
+                gradient = gradient if scale is None else gradient * scale
+                if weight.grad is None:
+                    weight.grad = torch.empty_like(weight).copy_(gradient)  # in the layout of the weight
+                else:
+                    weight.grad.add_(gradient)
+
     def look(self, batch: Batch, evaluate: Callable[[Mapping[str, Tensor], Batch | None], Losses]) -> None:
         """Take the micro-batch that the updater sees next, and what evaluates the learner on it."""
         self._batch, self._evaluate = batch, evaluate
@@ -93,8 +126,12 @@ class Runtime(Engine):
         return self._batch
 
     def weights(self, owner: str | None = None) -> dict[str, nn.Parameter]:
-        prefix = "" if owner is None else f"nodes.{owner.replace('.', '/', 1)}."
-        return {name: weight for name, weight in self._named.items() if name.startswith(prefix)}
+        if owner is None:
+            return dict(self._named)
+        model, _, part = owner.partition(".")
+        net = f"models.model/{model}.network.net.{part}".rstrip(".") + "."
+        own = (f"nodes.{owner.replace('.', '/', 1)}.", net)
+        return {name: weight for name, weight in self._named.items() if name.startswith(own)}
 
     def losses(self, weights: Mapping[str, Tensor], batch: Batch | None = None) -> Losses:
         if self.options.compile:

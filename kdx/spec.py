@@ -49,7 +49,7 @@ class NodeSpec:
     options: Any
     inputs: Mapping[str, Any]
     knobs: Mapping[str, KnobSpec]
-    borrows: Mapping[str, str]
+    borrows: Mapping[str, str | tuple[str, ...]]
     engine: NodeOptions = field(default_factory=NodeOptions)
 
 
@@ -209,7 +209,8 @@ def _full_model(model: ModelSpec) -> dict[str, Any]:
 def _full_node(node: NodeSpec) -> dict[str, Any]:
     inputs = {name: list(ref) if isinstance(ref, tuple) else ref for name, ref in node.inputs.items()}
     knobs = {name: knob_config(knob) for name, knob in node.knobs.items()}
-    borrows = {"borrows": dict(node.borrows)} if node.borrows else {}
+    parts = {name: list(part) if isinstance(part, tuple) else part for name, part in node.borrows.items()}
+    borrows = {"borrows": parts} if parts else {}
     options = plain_options(node.options)
     return {"use": node.entry.component.name, "inputs": inputs, **knobs, **options, **borrows, **asdict(node.engine)}
 
@@ -280,7 +281,7 @@ def _node(section: str, name: str, options: Any, registry: Registry) -> NodeSpec
     inputs = _section(rest.pop("inputs", {}), f"{where}.inputs")
     if section == "align":
         inputs |= {key: rest.pop(key) for key in ("source", "like") if key in rest}
-    borrows = {**component.borrows, **_section(rest.pop("borrows", {}), f"{where}.borrows")}
+    borrows = _section(rest.pop("borrows", {}), f"{where}.borrows")
     given_knobs = {key: rest.pop(key) for key in knobs if key in rest}
     own = {item.name for item in fields(NodeOptions)}
     engine = read_options(NodeOptions, {key: rest.pop(key) for key in own if key in rest}, where)
@@ -299,13 +300,11 @@ def _node(section: str, name: str, options: Any, registry: Registry) -> NodeSpec
             raise ConfigError(
                 f"{where}.inputs.{key}: {use} reads no such input; {did_you_mean(key, component.inputs, what='inputs')}"
             )
-    for key, part in borrows.items():
+    for key in borrows:
         if key not in component.borrows:
             raise ConfigError(
                 f"{where}.borrows.{key}: {use} borrows no such part; {did_you_mean(key, component.borrows)}"
             )
-        if not isinstance(part, str):
-            raise ConfigError(f"{where}.borrows.{key}: found {part!r}, expected a part of a model, as in student.fc")
     return NodeSpec(
         name,
         where,
@@ -319,9 +318,23 @@ def _node(section: str, name: str, options: Any, registry: Registry) -> NodeSpec
             key: read_knob(given_knobs.get(key, knob.default), knob, f"{where}.{key}", registry)
             for key, knob in knobs.items()
         },
-        borrows,
+        {
+            key: _read_part(borrows.get(key, spec), spec, f"{where}.borrows.{key}")
+            for key, spec in component.borrows.items()
+        },
         engine,
     )
+
+
+def _read_part(found: Any, spec: str | Many, where: str) -> str | tuple[str, ...]:
+    if isinstance(spec, Many):
+        parts = list(found.default) if isinstance(found, Many) else [found] if isinstance(found, str) else found
+        if not isinstance(parts, list) or not parts or not all(isinstance(part, str) for part in parts):
+            raise ConfigError(f"{where}: found {parts!r}, expected a list of parts of models, as in [student.fc]")
+        return tuple(parts)
+    if not isinstance(found, str):
+        raise ConfigError(f"{where}: found {found!r}, expected a part of a model, as in student.fc")
+    return found
 
 
 def _read_input(found: Any, spec: Any, where: str, use: str) -> Any:

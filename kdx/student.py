@@ -114,7 +114,9 @@ def read_header(path: Path) -> dict[str, Any]:
 def _build(about: dict[str, Any], path: Path, nets: Mapping[str, nn.Module], files: Sequence[str]) -> Network:
     try:
         streams = {
-            name: StreamFacts(item["kind"], tuple(item["shape"]), tuple(item["mean"]), tuple(item["std"]))
+            name: StreamFacts(
+                item["kind"], tuple(item["shape"]), tuple(item["mean"]), tuple(item["std"]), item.get("rate", 0)
+            )
             for name, item in about["facts"]["streams"].items()
         }
         facts = DataFacts(streams, tuple(about["facts"]["classes"]), about["facts"].get("size", 0))

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdx.bench import LOSSES, Bench
 from kdx.components import OPTIONAL, Aligner, Loss, Model, Network, Node, Schedule, Target
 from kdx.tiny import tiny_run
 from kdx.trial import (
@@ -38,8 +39,9 @@ from kdx.trial import (
     tensors_in,
 )
 from kdx.types import Clock, DataFacts, Shape, StreamFacts
+from kdx.updater import Updater
 
-__all__ = ["check_aligner", "check_loss", "check_model", "check_schedule", "check_target", "tiny_run"]
+__all__ = ["check_aligner", "check_loss", "check_model", "check_schedule", "check_target", "check_updater", "tiny_run"]
 
 _IMAGES = DataFacts(
     streams={"image": StreamFacts("image", (3, 32, 32), (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))},
@@ -54,7 +56,7 @@ def check_loss(
     *,
     shapes: Mapping[str, Any] | None = None,
     tensors: Mapping[str, Tensor] | None = None,
-    modules: Mapping[str, nn.Module] | None = None,
+    modules: Mapping[str, nn.Module | Sequence[nn.Module]] | None = None,
     zero_at_equality: bool = False,
     order_matters: bool = False,
     batch: int = 11,
@@ -92,7 +94,7 @@ def check_target(
     *,
     shapes: Mapping[str, Any] | None = None,
     tensors: Mapping[str, Tensor] | None = None,
-    modules: Mapping[str, nn.Module] | None = None,
+    modules: Mapping[str, nn.Module | Sequence[nn.Module]] | None = None,
     order_matters: bool = False,
     batch: int = 11,
     **options: Any,
@@ -191,6 +193,44 @@ def check_schedule(schedule: type[Schedule] | Schedule, /, **options: Any) -> No
     )
     for way, duplicate in copies(made, who):
         require([duplicate.at(clock) for clock in clocks] == values, who, f"a copy by {way} gives other values")
+
+
+def check_updater(updater: type[Updater], /, *, optimizer: Mapping[str, Any] | None = None, **options: Any) -> None:
+    """Check that an updater changes what is trained, goes on after a resume to the bit, and works with one loss too.
+
+    It is tried on three losses, `ce` (which is `cross_entropy`), `kd` and `hint`, with sgd or with the optimizer that
+    `{use: ...}` names.
+    """
+    who = describe(updater)
+    check_config(updater, who)
+    config = make_config(updater, options, who)
+    optimizer = optimizer or {"use": "sgd", "momentum": 0.9}
+    before = Bench(updater, config, optimizer=optimizer)
+    state, start = random_state(), before.weights()
+    for bench in (before, again := Bench(updater, config, optimizer=optimizer)):
+        for _ in range(5):
+            shown = bench.update()
+    require(same_random_state(state, random_state()), who, "used a global random generator; use given.generator")
+    for name, value in shown.items():
+        good = isinstance(value, Tensor) and value.ndim == 0
+        require(good, who, f"shows {value!r} as {name}, expected a 0-d tensor")
+    found = before.weights()
+    for name, value in found.items():
+        require(bool(value.isfinite().all()), who, f"{name} is not finite after five updates")
+    require(same_values(found, again.weights(), exact=True), who, "two equal trainings gave two results")
+    still = [name for name in start if name.startswith("learner.") and torch.equal(start[name], found[name])]
+    require(not still, who, f"the weights {still} never change")
+    resumed = Bench(updater, config, optimizer=optimizer)
+    resumed.go_on(before)
+    for bench in (before, resumed):
+        for _ in range(5):
+            bench.update()
+    same = same_values(before.weights(), resumed.weights(), exact=True)
+    require(same, who, "its state_dict does not hold all of its state: a resumed training goes on differently")
+    alone = Bench(updater, config, losses=[*LOSSES][:1], optimizer=optimizer)
+    alone.update()
+    finite = all(bool(value.isfinite().all()) for value in alone.weights().values())
+    require(finite, who, "weights are not finite after an update with one loss")
 
 
 def _check_node(trial: Trial, *, order_matters: bool) -> None:

@@ -45,7 +45,7 @@ class Trial:
         node: type[Node] | Node,
         shapes: Mapping[str, Any],
         tensors: Mapping[str, Tensor],
-        modules: Mapping[str, nn.Module],
+        modules: Mapping[str, nn.Module | Sequence[nn.Module]],
         options: Mapping[str, Any],
         batch: int,
     ) -> None:

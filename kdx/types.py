@@ -21,14 +21,17 @@ Shape: TypeAlias = tuple[int, ...]
 class StreamFacts:
     """What is known about one stream before a batch is read.
 
-    `kind` is `image`, `vector` or `label`. `mean` and `std` are per channel, on the scale that `Dataset.on_device`
-    gives (`0..1` for images); a model normalises its own input with them unless it brings its own.
+    `kind` is `image`, `audio` (a waveform `[T]`), `vector`, `label`, or `mask` (bool: `[T]` where a clip has sound, `()`
+    for whether the sample has a modality at all). `mean` and `std` are per channel, on the scale that
+    `Dataset.on_device` gives (`0..1` for images, `-1..1` for waveforms); a model normalises its own input with them
+    unless it brings its own. `rate` is that of a waveform in Hz, 0 for all else.
     """
 
     kind: str
     shape: Shape
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+    rate: int = 0
 
 
 @dataclass(frozen=True)
@@ -90,8 +93,8 @@ class StepReport:
     """What one update produced. Tensors stay on the device: read them only when they are shown (`numbers`).
 
     `terms` are unweighted, averaged over micro-batches, with `total` among them; `knobs` holds every knob that can
-    move, per-sample ones as their mean; `shown` what targets show, such as the weights of teachers, each as the mean
-    over the samples and, under a name that ends in `/std`, their spread.
+    move, per-sample ones as their mean, and what the updater shows; `shown` what targets show, such as the weights of
+    teachers, each as the mean over the samples and, under a name that ends in `/std`, their spread.
     """
 
     clock: Clock

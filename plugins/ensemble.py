@@ -2,7 +2,9 @@
 
 All take logits [B, K], one tensor per teacher, with the same classes. They mix at a temperature `tau`:
 `tau * log sum_k w_k softmax(z_k / tau)`, so that the loss `kd` at the same temperature has the gradient of the weighted
-mean of the divergences to each teacher. At `tau = 1` they mix plain probabilities.
+mean of the divergences to each teacher. At `tau = 1` they mix plain probabilities. With the option `temperatures`, one
+number per teacher in the order of the inputs, each teacher's logits are divided by its number before all else, as
+where some teachers are far surer than they are right.
 """
 
 from __future__ import annotations
@@ -53,6 +55,7 @@ class Mean(kdx.Target):
     class Config:
         of: str = "probabilities"
         weights: list[float] | None = None
+        temperatures: list[float] | None = None
 
     config: Config
 
@@ -67,9 +70,11 @@ class Mean(kdx.Target):
         if not all(0 <= weight < math.inf for weight in weights) or not sum(weights) > 0:
             raise kdx.ConfigError(f"weights: found {weights}, expected numbers from 0 that are not all 0")
         self.weights = [weight / sum(weights) for weight in weights]
+        _check_temperatures(config.temperatures, count)
 
     def forward(self, logits: list[Tensor], temperature: Tensor) -> dict[str, Tensor]:
-        used = [(_precise(z), weight) for z, weight in zip(logits, self.weights, strict=True) if weight > 0]
+        logits = _softened(logits, self.config.temperatures)
+        used = [(z, weight) for z, weight in zip(logits, self.weights, strict=True) if weight > 0]
         if self.config.of == "logits":
             return {"logits": torch.stack([z * weight for z, weight in used]).sum(0)}
         return {"logits": mix([z for z, _ in used], [math.log(weight) for _, weight in used], temperature)}
@@ -97,12 +102,18 @@ class ConfidenceMean(kdx.Target):
     knobs = {"sharpness": kdx.Knob(4.0, at_least=0.0), "temperature": kdx.Knob(1.0, above=0.0)}
     outputs = ("logits", "weights")
 
-    def __init__(self, config: ConfidenceMean.Config, given: kdx.Given) -> None:
+    @dataclass(frozen=True)
+    class Config:
+        temperatures: list[float] | None = None
+
+    config: Config
+
+    def __init__(self, config: Config, given: kdx.Given) -> None:
         super().__init__(config, given)
-        _count_teachers(given)
+        _check_temperatures(config.temperatures, _count_teachers(given))
 
     def forward(self, logits: list[Tensor], sharpness: Tensor, temperature: Tensor) -> dict[str, Tensor]:
-        logits = [_precise(z) for z in logits]
+        logits = _softened(logits, self.config.temperatures)
         log_weights = log_confidence_weights(logits, sharpness)
         return {"logits": mix(logits, log_weights.unbind(1), temperature), "weights": log_weights.exp()}
 
@@ -129,13 +140,21 @@ class EntropyMean(kdx.Target):
     knobs = {"temperature": kdx.Knob(4.0, above=0.0)}
     outputs = ("logits", "weights")
 
-    def __init__(self, config: EntropyMean.Config, given: kdx.Given) -> None:
+    @dataclass(frozen=True)
+    class Config:
+        temperatures: list[float] | None = None
+
+    config: Config
+
+    def __init__(self, config: Config, given: kdx.Given) -> None:
         super().__init__(config, given)
-        if _count_teachers(given) < 2:
+        count = _count_teachers(given)
+        if count < 2:
             raise kdx.PlanError("ebkd weighs teachers against each other, but it was given one; expected two or more")
+        _check_temperatures(config.temperatures, count)
 
     def forward(self, logits: list[Tensor], temperature: Tensor) -> dict[str, Tensor]:
-        logits = [_precise(z) for z in logits]
+        logits = _softened(logits, self.config.temperatures)
         weights = entropy_weights(logits)
         log_weights = weights.clamp(min=1e-12).log()  # a weight of 0 would give a gradient of 0 * inf
         return {"logits": mix(logits, log_weights.unbind(1), temperature), "weights": weights}
@@ -149,9 +168,23 @@ def _count_teachers(given: kdx.Given) -> int:
     return len(shapes)
 
 
-def _precise(logits: Tensor) -> Tensor:
-    """At least float32: entropies and mixtures of half precision are too coarse."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+def _check_temperatures(temperatures: list[float] | None, count: int) -> None:
+    if temperatures is None:
+        return
+    if len(temperatures) != count:
+        raise kdx.PlanError(
+            f"temperatures: found {len(temperatures)} of them for {count} teachers, expected one for each"
+        )
+    if not all(0 < temperature < math.inf for temperature in temperatures):
+        raise kdx.ConfigError(f"temperatures: found {list(temperatures)}, expected numbers above 0")
+
+
+def _softened(logits: Sequence[Tensor], temperatures: Sequence[float] | None) -> list[Tensor]:
+    """Each teacher's logits over its temperature, at least float32: in half precision mixtures are too coarse."""
+    precise = [z.to(torch.promote_types(z.dtype, torch.float32)) for z in logits]
+    if temperatures is None:
+        return precise
+    return [z / temperature for z, temperature in zip(precise, temperatures, strict=True)]
 
 
 @kdx.hookimpl

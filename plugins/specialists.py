@@ -20,7 +20,7 @@ import kdx
 
 LEAST = 1e-12
 """The least share of a teacher in a mixture, so that logarithms and gradients stay finite."""
-RULES = ("confidence", "energy")
+RULES = ("confidence", "energy", "student")
 
 
 def embed(logits: Tensor, classes: Tensor, count: int, temperature: Tensor) -> Tensor:
@@ -44,8 +44,8 @@ def mixed(parts: Sequence[Tensor], weights: Tensor, temperature: Tensor) -> Tens
 class Route(kdx.Target):
     """Each sample is answered by one teacher: the logits [B, K] of its teacher, and `weights` [B, M] of 0 and 1.
 
-    `by` says which: the number of the teacher, in the order of the inputs, as from a stream `batch.teacher` of the
-    data; or with a `table` the class of the sample:
+    `by` says which: the number of the teacher, in the order of the inputs, from a stream `teacher` of the data; or with
+    a `table` the class of the sample:
 
         route: {use: route, inputs: {by: batch.label}, table: {wide: [0, 1, 2], vit: [3, 4]}}
 
@@ -56,7 +56,7 @@ class Route(kdx.Target):
     """
 
     name = "route"
-    inputs = {"logits": kdx.Many("*.logits"), "by": kdx.REQUIRED}
+    inputs = {"logits": kdx.Many("*.logits"), "by": "batch.teacher"}
     knobs = {"temperature": kdx.Knob(1.0, above=0.0)}
     outputs = ("logits", "weights")
 
@@ -105,23 +105,28 @@ class Route(kdx.Target):
 
 
 def confidence(logits: Tensor) -> Tensor:
-    """`1 - H / log S` with H the entropy of the softmax of logits [B, S], [B]: 1 for a sure answer, 0 for an even one."""
+    """`1 - H / log S` with H the entropy of the softmax of logits [B, S], [B]: 1 where sure, 0 for an even answer."""
     log_p = logits.log_softmax(1)
     return 1 + (log_p.exp() * log_p).sum(1) / math.log(logits.shape[1])
 
 
-def subset_weights(logits: Sequence[Tensor], sharpness: Tensor, rule: str = "confidence") -> Tensor:
-    """How much of a sample falls to each of M teachers with classes of their own, [B, M]; the sum is 1.
+def energy(logits: Tensor) -> Tensor:
+    """`logsumexp(z) - log S` of logits [B, S], [B], which does not grow with the number of classes."""
+    return torch.logsumexp(logits, 1) - math.log(logits.shape[1])
 
-    `logits` are M tensors [B, S_k]. `softmax(sharpness c)` over the teachers with `c` the `confidence` of each, or
-    with the rule `energy` `logsumexp(z) - log S`, which does not grow with the number of classes.
+
+def log_mass(student: Tensor, knows: Tensor) -> Tensor:
+    """The logarithm of what a student with logits [B, K] gives to the classes of each teacher as a whole, [B, M].
+
+    `knows` [M, K] is 1 where a teacher knows a class.
     """
-    if rule == "energy":
-        values = [torch.logsumexp(z, 1) - math.log(z.shape[1]) for z in logits]
-    else:
-        values = [confidence(z) for z in logits]
-    found = torch.stack(values, 1)
-    return torch.softmax(found * kdx.per_sample(sharpness, found), dim=1)
+    log_q = student.log_softmax(1).unsqueeze(1)
+    return torch.logsumexp(torch.where(knows > 0, log_q, -math.inf), dim=2)
+
+
+def subset_weights(signs: Tensor, sharpness: Tensor) -> Tensor:
+    """How much of a sample falls to each teacher, `softmax(sharpness signs)` of what speaks for each [B, M], [B, M]."""
+    return torch.softmax(signs * kdx.per_sample(sharpness, signs), dim=1)
 
 
 def labelled_weights(weights: Tensor, label: Tensor, knows: Tensor) -> Tensor:
@@ -140,14 +145,18 @@ class ClassSubset(kdx.Target):
 
     Gives `logits` [B, K] of `sum_k w_k p_k`, with p_k the softmax of teacher k over its own classes and 0 elsewhere,
     and the `weights` [B, M]. For classes that are known to one teacher each this is the law of total probability: w_k
-    is the probability that the class is one of teacher k's, which no teacher can say. Two rules guess it:
+    is the probability that the class is one of teacher k's, which no teacher can say. Rules guess it, as
+    `softmax(sharpness c)` over the teachers:
 
-    `confidence`: `softmax(sharpness c)` with `c = 1 - H / log S`. A teacher is sure of its own classes and in doubt
-        before others, as far as it is calibrated. It does not depend on the scale of a teacher's logits alone.
-    `energy`: `softmax(sharpness (logsumexp z - log S))`; at sharpness 1, with as many classes each, the softmax of all
-        logits side by side. Fit for teachers of one family that were trained alike, for their logits must share a scale.
+    `confidence`: `c = 1 - H / log S`. A teacher is sure of its own classes and in doubt before others, as far as it is
+        calibrated. A number added to all logits of a teacher changes nothing.
+    `energy`: `c = logsumexp z - log S`; at sharpness 1, with as many classes each, the softmax of all logits side by
+        side. Fit for teachers that were trained alike, so that their logits share a scale.
+    `student`: the logarithm of what the student gives to the classes of a teacher, without gradient. At sharpness 1 the
+        student alone says what falls to whom, and teachers only how it divides there. For it the config names the input
+        `student: student.logits`, and it fits where labels teach the student the rest.
 
-    The union of greatest entropy, `w ~ exp(H)`, is no rule here, for it gives most to the teacher that is most in doubt.
+    The union of greatest entropy, `w ~ exp(H)`, is no rule here: it gives most to the teacher that is most in doubt.
 
     classes: the classes that each teacher knows, by its name and in the order of its logits, as
         `{birds: [0, 1], cars: [2, 3, 4]}`; a teacher that is not named knows all. Each class must be known to one.
@@ -156,7 +165,7 @@ class ClassSubset(kdx.Target):
     """
 
     name = "class_subset"
-    inputs = {"logits": kdx.Many("*.logits"), "label": kdx.OPTIONAL}
+    inputs = {"logits": kdx.Many("*.logits"), "label": kdx.OPTIONAL, "student": kdx.OPTIONAL}
     knobs = {"sharpness": kdx.Knob(4.0, at_least=0.0), "temperature": kdx.Knob(1.0, above=0.0)}
     outputs = ("logits", "weights")
 
@@ -171,8 +180,14 @@ class ClassSubset(kdx.Target):
     def __init__(self, config: Config, given: kdx.Given) -> None:
         super().__init__(config, given)
         kdx.check_choice("rule", config.rule, RULES)
+        if (config.rule == "student") != ("student" in given.shapes):
+            raise kdx.ConfigError(
+                f"rule: found {config.rule!r}, but the input `student` is named for the rule `student` and for no other"
+            )
         named = [1 + max(classes) for classes in config.classes.values() if classes]
         count = len(given.facts.classes) or max((*named, *(shape[0] for shape in given.shapes["logits"])))
+        if given.shapes.get("student", (count,)) != (count,):
+            raise kdx.PlanError(f"student: found {list(given.shape('student'))} for one sample, expected [{count}]")
         own = known_classes(config.classes, given, "logits", count)
         missing = sorted(set(range(count)).difference(*own))
         if missing:
@@ -184,10 +199,19 @@ class ClassSubset(kdx.Target):
         self.register_buffer("knows", knows)
 
     def forward(
-        self, logits: list[Tensor], label: Tensor | None, sharpness: Tensor, temperature: Tensor
+        self,
+        logits: list[Tensor],
+        label: Tensor | None,
+        student: Tensor | None,
+        sharpness: Tensor,
+        temperature: Tensor,
     ) -> dict[str, Tensor]:
         logits = [_precise(z) for z in logits]
-        weights = subset_weights(logits, sharpness, self.config.rule)
+        if student is not None:
+            signs = log_mass(_precise(student.detach()), self.knows)
+        else:
+            signs = torch.stack([(confidence if self.config.rule == "confidence" else energy)(z) for z in logits], 1)
+        weights = subset_weights(signs, sharpness)
         if label is not None:
             weights = labelled_weights(weights, label, self.knows.to(weights.dtype))
         parts = [
@@ -212,12 +236,12 @@ def conditional_divergence(student: Tensor, teacher: Tensor, classes: Tensor, te
 class SubsetDivergence(kdx.Loss):
     """What teachers of some classes each say of these, one value per sample. A rule of kdx itself.
 
-    `tau^2 KL(p_k || q_k)` for each teacher k, with p_k its softmax and q_k the student's among the same classes, averaged
-    over the teachers, or summed with `shares` [B, M] where the config names them, as `union.weights` for a target
-    `union: {use: class_subset}`. 0 for a student with the teachers' proportions, whatever it gives to a set of classes
-    as a whole: that is for the labels, or for `kd` on the target, to teach. At temperature 1, for classes that are known
-    to one teacher each, `kd` on `class_subset` is this value, with its weights, plus the divergence of how much falls to
-    each teacher.
+    `tau^2 KL(p_k || q_k)` for each teacher k, with p_k its softmax and q_k the student's among the same classes,
+    averaged over the teachers, or summed with `shares` [B, M] where the config names them, as `union.weights` for a
+    target `union: {use: class_subset}`. 0 for a student with the teachers' proportions, whatever it gives to a set of
+    classes as a whole: that is for the labels, or for `kd` on the target, to teach. At temperature 1, for classes that
+    are known to one teacher each, `kd` on `class_subset` is this value, with its weights as shares, plus the divergence
+    of how much falls to each teacher.
 
     Without shares each teacher also speaks on samples of classes that it does not know.
 
@@ -268,8 +292,8 @@ def known_classes(found: Mapping[str, list[int]], given: kdx.Given, name: str, c
             )
         if len(shape) != 1 or shape[0] != len(classes) or len(classes) < 2:
             raise kdx.PlanError(
-                f"classes.{owner}: found {len(classes)} classes for logits of shape {list(shape)}, expected two or more, "
-                "one for each logit"
+                f"classes.{owner}: found {len(classes)} classes for logits of shape {list(shape)}, expected two or "
+                "more, one for each logit"
             )
     return own
 

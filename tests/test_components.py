@@ -48,6 +48,12 @@ def test_given_has_sensible_defaults_for_a_component_that_is_used_by_itself() ->
         given.shape("a")
 
 
+def test_given_names_who_is_behind_an_input_of_many_refs() -> None:
+    refs = {"logits": ["wide.logits", "vit@strong.logits"], "label": "batch.label"}
+    assert Given(shapes={"logits": [(3,), (3,)]}, refs=refs).owners("logits") == ("wide", "vit@strong")
+    assert Given(shapes={"logits": [(3,), (3,)]}).owners("logits") == ("0", "1")
+
+
 def test_marks_read_as_their_public_names() -> None:
     assert repr(kdx.REQUIRED) == "kdx.REQUIRED"
     assert repr(kdx.OPTIONAL) == "kdx.OPTIONAL"

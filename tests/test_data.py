@@ -415,6 +415,13 @@ def test_the_data_sets_own_validation_split_is_cut_to_the_chosen_classes_too() -
     assert len(splits.train) == 100
 
 
+def test_what_is_held_out_of_some_classes_is_what_is_held_out_of_all() -> None:
+    """So a teacher of some classes has not seen what a student of all is validated on."""
+    every = whole(make_splits(Numbers(balanced()), SplitOptions(validation=20)).val)
+    some = whole(make_splits(Numbers(balanced()), SplitOptions(classes=[1, 3], validation=10)).val)
+    assert set(some["index"].tolist()) == {i for i in every["index"].tolist() if i % 4 in (1, 3)}
+
+
 def test_samples_without_a_label_belong_to_no_chosen_class() -> None:
     splits = make_splits(Numbers([0, 1, -1, 2, 3] * 10, test=8), SplitOptions(classes=[0, 1], validation=0))
     assert sorted(whole(splits.train)["index"].tolist()) == sorted([*range(0, 50, 5), *range(1, 50, 5)])
@@ -446,5 +453,5 @@ def test_a_choice_of_classes_that_cannot_be_is_refused(chosen: list[int], messag
 def test_classes_are_chosen_only_where_there_are_labels_and_samples_of_each() -> None:
     with pytest.raises(ConfigError, match="the train split has no class labels to choose by"):
         make_splits(Numbers(None), SplitOptions(classes=[0, 1]))
-    with pytest.raises(DataError, match="data.classes: the test split has no sample of 3"):
+    with pytest.raises(DataError, match=r"data.classes: the test split has no sample of 3"):
         make_splits(Numbers(balanced(), test=3), SplitOptions(classes=[0, 3]))

@@ -77,6 +77,7 @@ def test_what_cannot_change_the_result_does_not_change_the_hash(base: str, layer
         {"data": {"labelled": 20}},
         {"data": {"validation": 9}},
         {"data": {"split_seed": 1}},
+        {"data": {"classes": [0, 1]}},
         {"data": {"size": 45}},
         {"data": {"flip": False}},
         {"student": {"width": 5}},

@@ -18,15 +18,19 @@ LAYERS = """
     errors formats page statistics markdown figures stopping
     types files options config randomness heads sections
     components ranges devices class_choice
+    updater
     authoring hookspecs taps data optim measure checkpoint
     result tap_list views seats
     history standings comparable
     builtin.layouts builtin.augment builtin.schedules builtin.losses builtin.metrics builtin.models builtin.updaters \
-        builtin.pictures builtin.watchers
-    builtin.aligners builtin.image_data
-    builtin.image_folder builtin.tensor_data builtin.timm_images builtin.torchvision_images
+        builtin.pictures builtin.watchers builtin.spectra
+    builtin.aligners builtin.image_data builtin.audio_augment
+    builtin.audio_data builtin.image_folder builtin.sound_files
+    builtin.pair_files builtin.spoken_digits builtin.tensor_data builtin.timm_images builtin.torchvision_images
+    builtin.audio_folder builtin.paired
     builtin.images
     builtin builtin.make_fashion_mnist
+    builtin.make_spoken_digits
     plugins
     spec catalogue
     calls trial
@@ -44,7 +48,7 @@ LAYERS = """
     processes ray_executor
     study_plots study_latex study_text study_live
     study_report
-    tiny
+    tiny bench
     testing cli
     __main__
 """

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from kdx.builtin.losses import CrossEntropy, cross_entropy
 from kdx.builtin.updaters import Plain
-from kdx.components import Engine, Given
+from kdx.components import Given
 from kdx.errors import ConfigError
 from kdx.testing import check_loss
 from kdx.types import Losses
+from kdx.updater import Engine
 
 LOGITS = torch.tensor(
     [[2.0, 1.0, 0.0, -1.0], [0.0, 0.5, -0.5, 1.0], [1.0, -1.0, 2.0, 0.0]], dtype=torch.float64

@@ -24,10 +24,10 @@ from kdx.components import (
     Node,
     Schedule,
     Target,
-    Updater,
 )  # fmt: skip
 from kdx.errors import PluginError
 from kdx.plugins import KINDS, RUN_HOOKS, Plugin, Registry, check_component, compile_hook, discover
+from kdx.updater import Updater
 
 SHIPPED = {
     ("losses", "kd"): "kdx_logit",

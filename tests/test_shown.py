@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from builders import NET, plan_of
+from rich.console import Console
 from small_plugin import CLASSES
 from small_run import DISTIL, PLAIN, Seen, config_of, lines_of, prepared, quiet, run_in, session_of
 
 import kdx
+from kdx.builtin.watchers import Progress
 from kdx.errors import PlanError
 from kdx.history import read_history
 from kdx.loop import Session
@@ -19,7 +22,7 @@ from kdx.plugins import discover
 from kdx.resume import restore, training_state
 from kdx.runs import Stopped, carry_out
 from kdx.shown import Moments, Shown, Tally
-from kdx.types import Clock
+from kdx.types import Clock, EvalReport
 
 TWO: dict[str, Any] = config_of(
     PLAIN,
@@ -202,3 +205,24 @@ def test_targets_of_the_learner_side_are_shown_too() -> None:
     session = session_of(TWO, layer)
     assert "tau.out" not in session.plan.reported
     assert Seen(session).steps[0].shown["tau"] == pytest.approx(10.0, rel=1e-3)
+
+
+def test_tensorboard_has_updates_epochs_and_classes(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = run_in(tmp_path, TWO)
+    events = EventAccumulator(str(found.folder / "events"))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {"shown/committee.weights.wide", "shown/committee.weights.wide/std", "shown/tau"} <= tags
+    assert {"train/committee/weights.wide", "train/committee/weights.wide[left]", "train/tau/out"} <= tags
+
+
+def test_what_is_shown_of_an_epoch_is_no_score_on_the_progress_line() -> None:
+    output = io.StringIO()
+    progress = Progress(Console(file=output, width=200), "two", quiet=False)
+    clock = Clock(3, 3, 6)
+    progress.kdx_eval_end(EvalReport(clock, "train", "committee", {"weights.wide": 0.5}))
+    assert output.getvalue() == ""
+    progress.kdx_eval_end(EvalReport(clock, "val", "student", {"accuracy": 0.5}))
+    assert "accuracy" in output.getvalue()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from kdx.components import Aligner, Dataset, Loss, Metric, Model, Schedule, Updater, hookimpl
+from kdx.components import Aligner, Dataset, Loss, Metric, Model, Schedule, hookimpl
+from kdx.updater import Updater
 
 
 @hookimpl

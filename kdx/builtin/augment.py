@@ -25,9 +25,11 @@ from kdx.randomness import Randomness
 class Augmentation(ABC):
     """One step of `data.augment`; its options are the fields of the dataclass.
 
-    One that `mixes` gives images that their labels no longer describe, so it may stand in a view alone.
+    One that `mixes` gives images that their labels no longer describe, so it may stand in a view alone. `acts_on` is
+    the kind of stream that it is for: `image`, `audio` or `mel`.
     """
 
+    acts_on: ClassVar[str] = "image"
     mixes: ClassVar[bool] = False
 
     @abstractmethod
@@ -193,15 +195,17 @@ AUGMENTATIONS: dict[str, type[Augmentation]] = {
 }
 
 
-def read_augment(options: Mapping[str, Any]) -> tuple[Augmentation, ...]:
+def read_augment(
+    options: Mapping[str, Any], known: Mapping[str, type[Augmentation]] = AUGMENTATIONS
+) -> tuple[Augmentation, ...]:
     """The augmentations that `data.augment` names, in its order."""
     steps = []
     for name, fields in options.items():
-        if name not in AUGMENTATIONS:
-            raise ConfigError(f"data.augment.{name}: unknown augmentation; {did_you_mean(str(name), AUGMENTATIONS)}")
+        if name not in known:
+            raise ConfigError(f"data.augment.{name}: unknown augmentation; {did_you_mean(str(name), known)}")
         if fields is not None and not isinstance(fields, Mapping):
             raise ConfigError(f"data.augment.{name}: found {fields!r}, expected a mapping of options, as in {{}}")
-        steps.append(read_options(AUGMENTATIONS[name], fields or {}, f"data.augment.{name}"))
+        steps.append(read_options(known[name], fields or {}, f"data.augment.{name}"))
     return tuple(steps)
 
 

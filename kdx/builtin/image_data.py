@@ -7,12 +7,12 @@ import hashlib
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from kdx.builtin.augment import Augmentation, read_augment
+from kdx.builtin.augment import AUGMENTATIONS, Augmentation, read_augment
 from kdx.components import Dataset, Split
 from kdx.data import TensorSplit
 from kdx.errors import ConfigError
@@ -24,11 +24,16 @@ STATISTICS_FROM = 512
 
 
 class ImageDataset(Dataset):
-    """A data set with an option `augment`: a mapping from the name of an augmentation to its options, kept in order."""
+    """A data set with an option `augment`: a mapping from the name of an augmentation to its options, kept in order.
+
+    `augmentations` are those that may be named.
+    """
+
+    augmentations: ClassVar[Mapping[str, type[Augmentation]]] = AUGMENTATIONS
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        self._augment: tuple[Augmentation, ...] = read_augment(config.augment)
+        self._augment: tuple[Augmentation, ...] = read_augment(config.augment, self.augmentations)
         _check_labels_hold(config.augment, self._augment)
 
     @property
@@ -60,7 +65,7 @@ class ImageDataset(Dataset):
     def view(self, config: Any) -> ImageDataset:
         other = copy.copy(self)  # what has been read is shared
         other.config = config
-        other._augment = read_augment(config.augment)
+        other._augment = read_augment(config.augment, self.augmentations)
         return other
 
     def on_device(self, batch: Batch, randomness: Randomness | None) -> Batch:
@@ -72,7 +77,8 @@ class ImageDataset(Dataset):
         images = to_unit(tensor)
         if randomness is not None:
             for augmentation in self._augment:
-                images = augmentation(images, randomness)
+                if augmentation.acts_on == "image":
+                    images = augmentation(images, randomness)
         return images
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -47,13 +47,7 @@ class ImageFolder(ImageDataset):
         super().__init__(config)
         self._size = read_size(config.size)
         self._root = Path(config.path)
-        if not self._root.is_dir():
-            what = "is not a folder" if self._root.exists() else "does not exist"
-            raise DataError(f"data.path: {self._root} {what}; expected a folder with one sub-folder per class")
-        self._folders = split_folders(self._root)
-        if "train" not in self._folders:
-            found = ", ".join(folder.name for folder in self._folders.values())
-            raise DataError(f"data.path: {self._root} has {found} but no folder 'train'")
+        self._folders = read_folders(self._root)
 
     def classes(self) -> tuple[str, ...]:
         return tuple(self.files["train"])
@@ -67,18 +61,7 @@ class ImageFolder(ImageDataset):
     @cached_property
     def files(self) -> dict[str, dict[str, list[Path]]]:
         """Split -> class -> image files."""
-        files = {split: class_files(folder) for split, folder in self._folders.items()}
-        train = files["train"]
-        if not train:
-            raise DataError(f"data.path: {self._folders['train']} has no sub-folders; expected one per class")
-        for split, classes in files.items():
-            for name, group in classes.items():
-                folder = self._folders[split] / name
-                if name not in train:
-                    raise DataError(f"data.path: {folder} is no class of training; {did_you_mean(name, train)}")
-                if not group:
-                    raise DataError(f"data.path: {folder} holds no image; expected files {', '.join(EXTENSIONS)}")
-        return files
+        return labelled_files(self._folders, EXTENSIONS, "image")
 
     @cached_property
     def splits(self) -> dict[str, FileSplit]:
@@ -112,6 +95,36 @@ class FileSplit(PictureSplit):
         return str(self._files[i])
 
 
+def read_folders(root: Path) -> dict[str, Path]:
+    """Split -> its folder, `train` among them; `DataError` where there is none."""
+    if not root.is_dir():
+        what = "is not a folder" if root.exists() else "does not exist"
+        raise DataError(f"data.path: {root} {what}; expected a folder with one sub-folder per class")
+    folders = split_folders(root)
+    if "train" not in folders:
+        found = ", ".join(folder.name for folder in folders.values())
+        raise DataError(f"data.path: {root} has {found} but no folder 'train'")
+    return folders
+
+
+def labelled_files(
+    folders: Mapping[str, Path], extensions: Sequence[str], what: str
+) -> dict[str, dict[str, list[Path]]]:
+    """Split -> class -> files of these extensions; each class has some and is one of training. `what` they hold."""
+    files = {split: class_files(folder, extensions) for split, folder in folders.items()}
+    train = files["train"]
+    if not train:
+        raise DataError(f"data.path: {folders['train']} has no sub-folders; expected one per class")
+    for split, classes in files.items():
+        for name, group in classes.items():
+            folder = folders[split] / name
+            if name not in train:
+                raise DataError(f"data.path: {folder} is no class of training; {did_you_mean(name, train)}")
+            if not group:
+                raise DataError(f"data.path: {folder} holds no {what}; expected files {', '.join(extensions)}")
+    return files
+
+
 def split_folders(root: Path) -> dict[str, Path]:
     """Split -> its folder; the folder itself is `train` where no sub-folder is a split.
 
@@ -129,16 +142,16 @@ def _has_folders(folder: Path) -> bool:
     return any(child.is_dir() and not child.name.startswith(".") for child in folder.iterdir())
 
 
-def class_files(folder: Path) -> dict[str, list[Path]]:
-    """Class -> the image files anywhere below its folder, both in alphabetical order; hidden ones are left out."""
+def class_files(folder: Path, extensions: Sequence[str]) -> dict[str, list[Path]]:
+    """Class -> the files of these extensions anywhere below its folder, both in alphabetical order; no hidden ones."""
     classes = sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
-    return {child.name: sorted(_images(child)) for child in classes}
+    return {child.name: sorted(_shown(child, extensions)) for child in classes}
 
 
-def _images(folder: Path) -> Iterator[Path]:
+def _shown(folder: Path, extensions: Sequence[str]) -> Iterator[Path]:
     for file in folder.rglob("*"):
         hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-        if file.suffix.lower() in EXTENSIONS and not hidden and file.is_file():
+        if file.suffix.lower() in extensions and not hidden and file.is_file():
             yield file
 
 

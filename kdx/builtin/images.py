@@ -12,8 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from kdx.builtin.audio_folder import AudioFolder
 from kdx.builtin.image_data import ImageDataset, digest, tensor_parts
 from kdx.builtin.image_folder import ImageFolder
+from kdx.builtin.paired import Paired
+from kdx.builtin.spoken_digits import SpokenDigits
 from kdx.builtin.tensor_data import TensorDataset
 from kdx.builtin.timm_images import TimmReader
 from kdx.builtin.torchvision_images import TorchvisionDataset
@@ -67,4 +70,13 @@ class FashionMnist(ImageDataset):
         }
 
 
-DATASETS: list[type[Dataset]] = [FashionMnist, ImageFolder, TorchvisionDataset, TimmReader, TensorDataset]
+DATASETS: list[type[Dataset]] = [
+    FashionMnist,
+    SpokenDigits,
+    ImageFolder,
+    AudioFolder,
+    Paired,
+    TorchvisionDataset,
+    TimmReader,
+    TensorDataset,
+]

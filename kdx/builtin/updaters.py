@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from kdx.components import Engine, Updater
 from kdx.types import Losses
+from kdx.updater import Engine, Updater
 
 
 class Plain(Updater):

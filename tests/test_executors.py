@@ -1,0 +1,212 @@
+"""Facts of how the trials of a study are carried out: side by side, in processes, on Ray, and when something dies."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from small_run import CASCADE, PLAIN, lines_of, quiet, weights_of, write_config
+
+from kdx.cli import main
+from kdx.errors import ConfigError
+from kdx.executors import Executor, Finding, Unit, carry_out_study
+from kdx.processes import Processes
+from kdx.runs import Stopped
+from kdx.study import Outcome, Trial, plan_study, read_study
+
+VARIANTS = {"full": {}, "no_hint": {"losses": {"hint": None}}, "hot": {"losses": {"kd": {"temperature": 8}}}}
+DYING = '''
+"""A loss that ends its process, once or always."""
+import os
+from dataclasses import dataclass
+from pathlib import Path
+import kdx
+
+class Dying(kdx.Loss):
+    name = "dying"
+    inputs = {"student": "student.logits"}
+
+    @dataclass(frozen=True)
+    class Config:
+        mark: str = ""
+        always: bool = False
+
+    def after_update(self, clock):
+        mark = Path(self.config.mark)
+        if clock.step == 3 and (self.config.always or not mark.exists()):
+            mark.touch()
+            os._exit(9)
+
+    def forward(self, student):
+        return 0.0 * student.sum(1)
+
+@kdx.hookimpl
+def kdx_losses():
+    return [Dying]
+'''
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_config(Path("base.yaml"), CASCADE)
+
+
+def trials(out: str, variants: dict[str, Any] = VARIANTS, seeds: Sequence[int] = (0,)) -> list[Trial]:
+    content = {"base": "base.yaml", "seeds": [*seeds], "variants": variants}
+    Path("study.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    found, _ = plan_study(read_study(Path("study.yaml")), quiet(), [f"out={out}"])
+    return found
+
+
+def carried_out(chosen: list[Trial], **ways: Any) -> tuple[list[Outcome], list[int]]:
+    """The outcomes, and how many were known each time that somebody was told."""
+    told: list[int] = []
+    outcomes = carry_out_study(chosen, quiet(), lambda found, left: told.append(len(found)), **ways)
+    return outcomes, told
+
+
+def same_students(one: str, other: str, outcomes: Sequence[Outcome]) -> None:
+    for outcome in outcomes:
+        mine, own = weights_of(Path(one) / outcome.folder), weights_of(Path(other) / outcome.folder)
+        assert all(torch.equal(mine[name], own[name]) for name in mine)
+        assert lines_of(Path(one) / outcome.folder) == lines_of(Path(other) / outcome.folder)
+
+
+def dying(mark: Path, always: bool = False) -> dict[str, Any]:
+    (mark.parent / "dying.py").write_text(DYING)
+    plugins = [*PLAIN["plugins"], str(mark.parent / "dying.py")]
+    return {"plugins": plugins, "losses": {"die": {"use": "dying", "mark": str(mark), "always": always}}}
+
+
+def test_side_by_side_and_one_by_one_find_the_same() -> None:
+    outcomes, told = carried_out(trials("together", seeds=(0, 1)))
+    alone, _ = carried_out(trials("alone", seeds=(0, 1)), fan_out=False)
+    assert [(one.variant, one.seed) for one in outcomes] == [(name, seed) for seed in (0, 1) for name in VARIANTS]
+    assert [one.result and one.result.best for one in outcomes] == [one.result and one.result.best for one in alone]
+    assert told == [1, 2, 3, 4, 5, 6]
+    same_students("together", "alone", outcomes)
+
+
+def test_what_is_finished_is_not_trained_again_and_what_is_new_is() -> None:
+    carried_out(trials("runs"))
+    times = {path: path.stat().st_mtime_ns for path in Path("runs").glob("*/student.safetensors")}
+    outcomes, _ = carried_out(trials("runs", {**VARIANTS, "cold": {"losses": {"kd": {"temperature": 1}}}}))
+    assert all(outcome.result is not None for outcome in outcomes)
+    assert len(outcomes) == 4
+    assert all(path.stat().st_mtime_ns == before for path, before in times.items())
+
+
+def test_a_trial_that_cannot_be_prepared_is_told_and_the_others_go_on() -> None:
+    chosen = trials("runs")
+    chosen[1] = Trial("broken", 0, {**chosen[1].config, "losses": {"ce": {"use": "no_such_loss"}}})
+    outcomes, _ = carried_out(chosen)
+    assert [outcome.result is None for outcome in outcomes] == [False, True, False]
+    assert "no_such_loss" in outcomes[1].reason
+
+
+def test_processes_find_what_this_process_finds() -> None:
+    outcomes, told = carried_out(trials("apart"), jobs=2, execute=Processes(2))
+    carried_out(trials("here"), fan_out=False)
+    assert [outcome.reason for outcome in outcomes] == ["", "", ""]
+    assert told == [1, 2, 3]
+    same_students("apart", "here", outcomes)
+
+
+def test_a_unit_whose_process_dies_once_is_begun_again_and_goes_on(tmp_path: Path) -> None:
+    chosen = trials("runs", {"dies": dying(tmp_path / "mark")})
+    outcomes, _ = carried_out(chosen, execute=Processes(1))
+    assert outcomes[0].reason == ""
+    assert (tmp_path / "mark").exists()
+
+
+def test_a_trial_whose_process_always_dies_fails_and_the_others_do_not(tmp_path: Path) -> None:
+    chosen = trials("runs", {"full": {}, "dies": dying(tmp_path / "mark", always=True)})
+    outcomes, _ = carried_out(chosen, fan_out=False, jobs=2, execute=Processes(2))
+    assert outcomes[0].result is not None
+    assert outcomes[1].reason == "its process died 2 times, at last with exit code 9"
+
+
+def test_needs_are_trained_before_the_units_that_wait_for_them() -> None:
+    layers: list[list[str]] = []
+
+    def execute(units: Sequence[Unit], found: Callable[[Finding], None], stop: Callable[[], bool]) -> None:
+        layers.append([str(config["name"]) for unit in units for config in unit.configs.values()])
+        Processes(1)(units, found, stop)
+
+    outcomes, _ = carried_out(trials("runs", {"full": {}}), execute=execute)
+    assert [sorted(layer) for layer in layers] == [["study_plain", "wide"], ["study"]]
+    assert outcomes[0].result is not None
+
+
+def test_a_study_that_is_asked_to_stop_stops_its_processes_and_goes_on_later() -> None:
+    write_config(Path("base.yaml"), CASCADE, {"train": {"updates": 300}})
+    chosen = trials("runs", {"full": {}})
+    carried_out([Trial("plain", 0, {**chosen[0].config, "train": {**chosen[0].config["train"], "updates": 6}})])
+    asked: list[None] = []
+
+    def stop() -> bool:
+        asked.append(None)
+        return len(asked) > 4
+
+    with pytest.raises(Stopped):
+        carry_out_study(chosen, quiet(stop=stop), lambda found, left: None, execute=Processes(1))
+    outcomes, _ = carried_out(chosen)
+    assert outcomes[0].result is not None
+
+
+def test_no_jobs_are_refused() -> None:
+    with pytest.raises(ConfigError, match="--jobs: found 0, expected 1 or more"):
+        Processes(0)
+
+
+def test_the_command_takes_jobs(capsys: pytest.CaptureFixture[str]) -> None:
+    trials("runs")
+    assert main(["ablate", "study.yaml", "--jobs", "2", "--quiet"]) == 0
+    assert "[3/3]" in capsys.readouterr().err
+
+
+# --- Ray
+
+needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
+
+
+@pytest.fixture
+def ray_of_two() -> Any:
+    import ray
+
+    ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@needs_ray
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_two_workers_of_ray_find_what_this_process_finds_and_one_may_die(tmp_path: Path, ray_of_two: Any) -> None:
+    from kdx.ray_executor import Ray
+
+    variants = {**VARIANTS, "dies": dying(tmp_path / "mark")}
+    outcomes, _ = carried_out(trials("ray", variants), fan_out=False, jobs=2, execute=Ray())
+    assert [outcome.reason for outcome in outcomes] == [""] * 4
+    assert (tmp_path / "mark").exists()
+    carried_out(trials("here"), fan_out=False)
+    same_students("ray", "here", outcomes[:3])
+
+
+def test_without_ray_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    from kdx.errors import KdxError
+    from kdx.ray_executor import Ray
+
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(KdxError, match=r"pip install 'kdx\[ray\]'"):
+        Ray()
