@@ -56,7 +56,7 @@ class Bench:
             torch.manual_seed(0)
             inputs, inner, theirs = SIZES
             self.body, self.head = nn.Linear(inputs, inner), nn.Linear(inner, CLASSES)
-            self.aligner = nn.Linear(inner, theirs)
+            self.aligner = nn.Linear(inner, theirs).to(dtype)
             self.teacher = nn.Linear(inputs, theirs + CLASSES).to(dtype).requires_grad_(False)
         net = nn.Sequential()
         net.add_module("body", self.body)

@@ -13,6 +13,7 @@ from rich_argparse import RawDescriptionRichHelpFormatter
 
 from kdx.errors import KdxError
 from kdx.stopping import Stopper
+from kdx.tune_command import EPILOG, HELP, tune, tune_arguments
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -101,13 +102,17 @@ def _parser() -> argparse.ArgumentParser:
     ablate.add_argument(
         "--no-fanout", dest="fanout", action="store_false", help="train each trial by itself, not side by side"
     )
-    ablate.add_argument("--jobs", type=int, default=1, metavar="N", help="processes, or tasks of Ray, at once")
+    ablate.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="processes at once; with Ray, at least as many tasks"
+    )
     ablate.add_argument(
         "--executor", choices=("local", "ray"), default="local", help="where trials run: here, or on a Ray cluster"
     )
-    ablate.add_argument("--cpus", type=float, default=1.0, metavar="N", help="CPU cores of each task of Ray")
-    ablate.add_argument("--gpus", type=float, default=0.0, metavar="N", help="GPUs of each task of Ray")
+    ablate.add_argument("--cpus", type=float, metavar="N", help="CPU cores of each task of Ray (default: 1)")
+    ablate.add_argument("--gpus", type=float, metavar="N", help="GPUs of each task of Ray (default: 0)")
     ablate.add_argument("--quiet", action="store_true", help="no live table, one line for each trial")
+
+    tune_arguments(add("tune", tune, HELP, EPILOG))
 
     report = add(
         "report", _report, "Write the report of a finished run or of a study anew, or compare several of them.",
@@ -224,7 +229,7 @@ def _ablate(options: argparse.Namespace) -> int:
     try:
         with stopper, Board(notes, study, plain=options.quiet) as board:
             outcomes = carry_out_study(
-                trials, how, tell, fan_out=options.fanout, jobs=options.jobs, execute=_executor(options)
+                trials, how, tell, fan_out=options.fanout, jobs=options.jobs, execute=_executor(options, notes)
             )
     finally:
         if findings.outcomes:
@@ -234,16 +239,24 @@ def _ablate(options: argparse.Namespace) -> int:
     return FAILED if any(outcome.result is None for outcome in outcomes) else 0
 
 
-def _executor(options: argparse.Namespace) -> Any:
+def _executor(options: argparse.Namespace, notes: Console) -> Any:
     """Where the trials of a study are carried out; None for this very process."""
+    if options.jobs < 1:
+        raise KdxError(f"--jobs: found {options.jobs}, expected 1 or more")
     if options.executor == "ray":
         from kdx.ray_executor import Ray
 
-        return Ray(options.cpus, options.gpus)
+        given = {"cpus": options.cpus, "gpus": options.gpus}
+        return Ray(**{name: value for name, value in given.items() if value is not None})
+    if options.cpus is not None or options.gpus is not None:
+        raise KdxError("--cpus, --gpus: only tasks of Ray have them; add --executor ray, or say --jobs alone")
     if options.jobs > 1:
+        from functools import partial
+
         from kdx.processes import Processes
 
-        return Processes(options.jobs)
+        say = partial(notes.print, markup=False, highlight=False, soft_wrap=True)
+        return Processes(options.jobs, None if options.quiet else say)
     return None
 
 

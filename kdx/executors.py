@@ -90,9 +90,7 @@ def carry_out_study(
     return board.outcomes()
 
 
-def carry_out_unit(
-    unit: Unit, stop: Callable[[], bool], found: Found, console: Console | None = None
-) -> None:
+def carry_out_unit(unit: Unit, stop: Callable[[], bool], found: Found, console: Console | None = None) -> None:
     """Carry out a unit in this process and say on a console, if there is one, how its runs go; raises `Stopped` when
     asked to stop.
     """

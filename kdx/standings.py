@@ -110,6 +110,8 @@ def _labels(count: int | None, seen: int) -> str:
         return "an unknown number of labels"
     if count == seen:
         return f"the labels of all {whole(seen)} training samples"
+    if count > seen:  # a teacher that had more images
+        return f"the labels of {whole(count)} training samples"
     return f"the labels of {whole(count)} of {whole(seen)} training samples"
 
 

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from kdx.config import absolute_paths, load, parse_override, read_yaml
+from kdx.config import absolute_paths, load, overlay, parse_override, read_yaml
 from kdx.errors import ConfigError, KdxError, did_you_mean
 from kdx.options import read_options
 from kdx.runs import Options, Prepared, check_run, family, finished, prepare
+from kdx.spec import full_config
 
 SAMPLERS = ("tpe", "random")
 PRUNERS = ("median", "halving", "none")
@@ -164,8 +165,9 @@ def check_search(search: Search, options: Options) -> Ground:
     if ground.splits.val is None:
         raise ConfigError(f"{search.base.name}: there is no validation split to judge trials by; see data.validation")
     seeds = search.seeds or (ground.spec.root.seed,)
+    own = own_point(config, full_config(ground.spec), search.space)
     out = Path(ground.spec.root.out) / f"{search.name}_tune"
-    found = Ground(out, seeds, train.monitor, train.minimise, ground.hash, own_point(config, search.space))
+    found = Ground(out, seeds, train.monitor, train.minimise, ground.hash, own)
     checked: set[Path] = set()
     for changed, point in _corners(search.space):
         try:
@@ -200,24 +202,24 @@ def fragment(space: Space, point: Point) -> dict[str, Any]:
     """The values of a point as a part of a config."""
     found: dict[str, Any] = {}
     for layer in layers_of(space, point):
-        _merge(found, layer)
+        merge(found, layer)
     return found
 
 
-def own_point(config: Mapping[str, Any], space: Space) -> Point | None:
-    """The point that a config already is; None where it leaves a value open or has one that lies outside."""
+def own_point(config: Mapping[str, Any], full: Mapping[str, Any], space: Space) -> Point | None:
+    """The point that a config already is, `full` being the same with all defaults; None where a value lies outside."""
     found: dict[str, Value] = {}
     for key, dimension in space.items():
-        value = _at(config, key)
+        value = _at(full, key) if (given := _at(config, key)) is None else given
         if isinstance(dimension, Range):
             if not dimension.holds(value):
                 return None
             found[key] = int(value) if dimension.int else float(value)
         else:
-            label = next((label for label, choice in dimension.values.items() if choice == value), math.nan)
-            if isinstance(label, float) and math.isnan(label):
+            labels = [label for label, choice in dimension.values.items() if _is(value, choice)]
+            if not labels:
                 return None
-            found[key] = label
+            found[key] = labels[0]
     return found
 
 
@@ -261,6 +263,13 @@ def _read_dimension(where: str, key: str, value: Any, folder: Path) -> Range | C
     return found
 
 
+def _is(value: Any, choice: Any) -> bool:
+    """Whether a choice, laid over a value, leaves it as it is."""
+    if isinstance(value, Mapping) and isinstance(choice, Mapping):
+        return overlay(value, choice) == value
+    return bool(value == choice)
+
+
 def _choices(where: str, key: str, values: list[Any], labels: list[Any], folder: Path) -> Choices:
     if len(values) < 2 or len({*map(str, labels)}) < len(labels):
         raise ConfigError(f"{where}: found {values!r}, expected two or more different choices")
@@ -302,10 +311,10 @@ def _corners(space: Space) -> Iterator[tuple[str, Point]]:
             yield f"{key}={choice}", {**first, key: choice}
 
 
-def _merge(below: dict[str, Any], above: Mapping[str, Any]) -> None:
+def merge(below: dict[str, Any], above: Mapping[str, Any]) -> None:
     """Add to a fragment; unlike laying configs over each other, null stays, to be laid over the base."""
     for key, value in above.items():
         if isinstance(value, Mapping) and isinstance(below.get(key), dict):
-            _merge(below[key], value)
+            merge(below[key], value)
         else:
             below[key] = dict(value) if isinstance(value, Mapping) else value

@@ -27,11 +27,13 @@ from kdx.types import EvalReport
 if TYPE_CHECKING:
     import optuna
 
+TELLING = 4
+"""The number of different values from which on trials say which keys matter."""
 TRIES = 2
 """How often a trial is begun when its process dies."""
 TRIED, INSTEAD, REASON, FOLDER = "tried", "instead", "reason", "folder"
-"""What Optuna keeps of a trial for us: the tries before it, the number of the trial that it goes on with, why it failed,
-and the folder of its first seed.
+"""What Optuna keeps of a trial for us: the tries before it, the number of the trial that it goes on with, why it
+failed, and the folder of its first seed.
 """
 
 
@@ -55,14 +57,15 @@ Tell = Callable[[Found], None]
 
 
 class Books:
-    """The trials of a search, as all processes that work on it see them."""
+    """The trials of a search, as all processes that work on it see them; whoever holds its `lock` is alone with it."""
 
     def __init__(self, search: Search, ground: Ground) -> None:
         self._search = search
         self._ground = ground
+        self.minimise = ground.minimise
         self._optuna = _optuna()
-        self._lock = filelock.FileLock(_made(ground.folder) / ".asking.lock")
-        with self._lock, _calm():
+        self.lock = filelock.FileLock(_made(ground.folder) / ".asking.lock")
+        with self.lock, _calm():
             self.study: optuna.Study = self._optuna.create_study(
                 study_name=search.name,
                 storage=_storage(ground.folder),
@@ -73,7 +76,7 @@ class Books:
 
     def next(self) -> tuple[optuna.Trial, filelock.BaseFileLock] | None:
         """A trial to carry out, with the lock that says that somebody does; None when there are enough."""
-        with self._lock, _calm():
+        with self.lock, _calm():
             self._bury()
             states = self._optuna.trial.TrialState
             trials = self.study.get_trials(deepcopy=False)
@@ -92,7 +95,7 @@ class Books:
     def tell(self, trial: optuna.Trial, value: float | None, *, reason: str = "", again: bool = False) -> None:
         """Note how a trial ended: with a value, given up, failed, or stopped, to be begun `again` where it stands."""
         states = self._optuna.trial.TrialState
-        with self._lock, _calm():
+        with self.lock, _calm():
             if again:
                 self._go_on(trial.number, trial.params, int(trial.user_attrs.get(TRIED, 0)))
                 self.study.tell(trial, state=states.FAIL)
@@ -123,6 +126,17 @@ class Books:
             for one in trials
             if one.state.name in names and one.number not in gone_on
         ]
+
+    def importances(self) -> dict[str, float]:
+        """The share of each key in what sets the better trials apart from the others, the largest first; empty where
+        too few trials tell (PED-ANOVA: Watanabe, Bansal and Hutter, IJCAI 2023).
+        """
+        values = {one.value for one in self.found() if one.value is not None}
+        if len(values) < TELLING:
+            return {}
+        with _calm():
+            evaluator = self._optuna.importance.PedAnovaImportanceEvaluator()
+            return dict(self._optuna.importance.get_param_importances(self.study, evaluator=evaluator))
 
     def _go_on(self, number: int, point: Point, tried: int) -> None:
         """Have a trial begun again, where its runs stand."""
@@ -192,7 +206,11 @@ def carry_out_search(search: Search, ground: Ground, options: Options, tell: Tel
     dies, is taken up where it stands when the search goes on.
     """
     books = Books(search, ground)
-    while (given := books.next()) is not None:
+    while True:
+        if options.stop():
+            raise Stopped("the search was stopped; start it again to go on")
+        if (given := books.next()) is None:
+            return
         trial, lock = given
         try:
             value = _carry_out(trial, search, ground, options)
@@ -207,6 +225,13 @@ def carry_out_search(search: Search, ground: Ground, options: Options, tell: Tel
         finally:
             lock.release()
         tell(next(one for one in books.found() if one.number == trial.number))
+
+
+def best_of(trials: Sequence[Found], *, minimise: bool) -> Found | None:
+    """The trial with the best value, the first of equals; None if none has one."""
+    done = [one for one in trials if one.value is not None]
+    sign = 1.0 if minimise else -1.0
+    return min(done, key=lambda one: sign * (one.value or 0.0), default=None)
 
 
 def suggest(trial: optuna.Trial, space: Space) -> Point:
@@ -243,27 +268,23 @@ class _Judge:
 def _carry_out(trial: optuna.Trial, search: Search, ground: Ground, options: Options) -> float | None:
     """The best validation value of a trial as the mean over its seeds; None when it was given up at its first one."""
     point = dict(trial.params)
-    values = []
-    for seed in ground.seeds:
-        prepared = prepare_trial(search, ground, point, seed, options)
-        if seed != ground.seeds[0]:
-            values.append(carry_out(prepared, options).best.val[ground.monitor])
-            continue
-        trial.set_user_attr(FOLDER, prepared.folder.name)
-        judge = _Judge(trial, ground.monitor)
-        judge.catch_up(read_history(prepared.folder))
-        how = replace(options, stop=lambda: options.stop() or judge.beaten)
-        try:
-            with watching(prepared.spec.registry, judge):
-                values.append(carry_out(prepared, how).best.val[ground.monitor])
-        except Stopped:
-            if options.stop():
-                raise
-            return None
-    mean = sum(values) / len(values)
-    if not math.isfinite(mean):
-        raise KdxError(f"the validation {ground.monitor} is {mean}")
-    return mean
+    first, *others = (prepare_trial(search, ground, point, seed, options) for seed in ground.seeds)
+    trial.set_user_attr(FOLDER, first.folder.name)
+    judge = _Judge(trial, ground.monitor)
+    judge.catch_up(read_history(first.folder))
+    try:
+        with watching(first.spec.registry, judge):
+            how = replace(options, stop=lambda: options.stop() or judge.beaten)
+            results = [carry_out(first, how)]
+    except Stopped:
+        if options.stop():
+            raise
+        return None
+    results += [carry_out(prepared, options) for prepared in others]
+    value = sum(result.best.val[ground.monitor] for result in results) / len(results)
+    if not math.isfinite(value):
+        raise KdxError(f"the validation {ground.monitor} is {value}")
+    return value
 
 
 def _suggest(trial: optuna.Trial, key: str, dimension: Range | Choices) -> Any:

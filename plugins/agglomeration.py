@@ -242,7 +242,7 @@ class Unic(kdx.Loss):
     """
 
     name = "unic"
-    confidence = "values"
+    confidence = "code"
     inputs = {
         "student": STUDENT_DEPTHS,
         "teacher_summaries": kdx.Many("*.embedding"),

@@ -196,22 +196,20 @@ class GradNorm(kdx.Updater):
         """The norm of each loss's gradient over the weights that all losses reach, [N]."""
         columns = [column for column in zip(*self._sums, strict=True) if all(found is not None for found in column)]
         if not columns:
-            where = self.config.shared or "the student"
-            raise kdx.PlanError(f"train.updater.shared: no weight of {where} is reached by all of {self._names()}")
+            where, losses = self.config.shared or "the student", ", ".join(self.given.losses)
+            raise kdx.PlanError(f"train.updater.shared: no weight of {where} is reached by all of {losses}")
         return torch.stack([torch.nn.utils.get_total_norm(row) for row in zip(*columns, strict=True)])
-
-    def _names(self) -> str:
-        return ", ".join(f"losses.{name}" for name in self.given.losses)
 
     def shown(self) -> Mapping[str, Tensor]:
         return as_weights(self.given, self._used)
 
 
-def without_conflicts(gradients: Tensor, reached: Tensor, orders: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+def without_conflicts(gradients: Tensor, reached: Tensor, orders: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """The sum of the gradients [N, P] without what they have against each other, [P], and the part of pairs, 0-d.
 
-    Gradient `i` loses its projection on `j` wherever their product is below 0, for each `j` of `orders[i]` in turn.
-    `reached` [N, P] tells which weights a loss reaches: only those that both reach count between two of them.
+    Gradient `i` loses its projection on `j` wherever their product is below 0, for each `j` of `orders[i]` in turn,
+    which are indices on the CPU, so that nothing waits for the device. `reached` [N, P] tells which weights a loss
+    reaches: only those that both reach count between two of them.
     """
     merged, conflicts = torch.zeros_like(gradients[0]), gradients.new_zeros(())
     for gradient, mask, order in zip(gradients, reached, orders, strict=True):
@@ -257,7 +255,7 @@ class PCGrad(kdx.Updater):
             merged, conflicts = without_conflicts(
                 torch.stack([values for values, _ in rows]), torch.stack([mask for _, mask in rows]), self._orders()
             )
-            pieces = merged.split([weight.numel() for weight in weights])
+            pieces = torch.split(merged, [weight.numel() for weight in weights])
             reached = [any(found[place] is not None for found in self._sums) for place in range(len(weights))]
             engine.add(
                 [
@@ -268,11 +266,11 @@ class PCGrad(kdx.Updater):
             self._sums, self._conflicts = [], {"train.updater.conflicts": conflicts}
         engine.update()
 
-    def _orders(self) -> list[list[int]]:
-        """For each loss the others in a random order."""
+    def _orders(self) -> list[Tensor]:
+        """For each loss the others in a random order, on the CPU."""
         count = len(self._sums)
-        orders = [torch.randperm(count, generator=self.given.generator).tolist() for _ in range(count)]
-        return [[other for other in order if other != own] for own, order in enumerate(orders)]
+        orders = [torch.randperm(count - 1, generator=self.given.generator) for _ in range(count)]
+        return [order + (order >= own) for own, order in enumerate(orders)]
 
     def shown(self) -> Mapping[str, Tensor]:
         return self._conflicts

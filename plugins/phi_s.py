@@ -68,7 +68,7 @@ class PhiStandardised(kdx.Target):
     """
 
     name = "phi_s"
-    confidence = "values"
+    confidence = "code"
     inputs = {"features": "teacher.depth_100"}
 
     mean: Tensor

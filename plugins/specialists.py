@@ -42,7 +42,7 @@ def mixed(parts: Sequence[Tensor], weights: Tensor, temperature: Tensor) -> Tens
 
 
 class Route(kdx.Target):
-    """Each sample is answered by one teacher: the logits [B, K] of its teacher, and `weights` [B, M] of 0 and 1.
+    """Each sample is answered by one teacher: its logits [B, K], and `weights` [B, M] of 0 and 1. A rule of kdx itself.
 
     `by` says which: the number of the teacher, in the order of the inputs, from a stream `teacher` of the data; or with
     a `table` the class of the sample:

@@ -113,7 +113,7 @@ def agreement_weights(
         found = found if found.device.type == "mps" else found.double()  # which has no float64
         if not normalise:
             return least_norm_weights(found, limit).to(student.dtype)
-        norms = torch.linalg.vector_norm(found, dim=1).clamp(min=1e-12)
+        norms: Tensor = torch.linalg.vector_norm(found, dim=1).clamp(min=1e-12)
         weights = least_norm_weights(found / norms.unsqueeze(1), limit) / norms
         return (weights / weights.sum()).to(student.dtype)
 

@@ -80,9 +80,9 @@ def accuracy_weights(right: Tensor, seen: Tensor, classes: int, sharpness: Tenso
 class AccuracyWeighted(kdx.Target):
     """The mixture of teachers weighted by how often each is right, measured before training. A rule of kdx itself.
 
-    Accuracies are counted over the labelled samples of the first `train.calibration` batches and then kept; with none
-    among them the weights stay equal. Where the teachers were trained on these samples, the accuracies tell who
-    remembers them, too.
+    Gives `logits` [B, K] and `weights` [B, M], the same for all samples. Accuracies are counted over the labelled
+    samples of the first `train.calibration` batches and then kept; with none among them the weights stay equal. Where
+    the teachers were trained on these samples, the accuracies tell who remembers them, too.
 
     form: `proportional` to the accuracy to the power `sharpness`, 1 by default; or the `softmax` of the accuracy times
         `sharpness`.

@@ -12,24 +12,34 @@ from torch import Tensor, nn
 import kdx
 
 CONFUSIONS = ("confidence", "focal")
+DOUBTS = ("entropy", "confidence")
 
 
-def entropy_temperature(logits: Tensor, low: Tensor, high: Tensor, *, reverse: bool = False) -> Tensor:
-    """`low + (high - low) * (1 - H / log K)` with `H` the entropy of `softmax(logits)`, [B], from logits [B, K].
+def doubt_of(logits: Tensor, by: str = "entropy") -> Tensor:
+    """How unsure an answer is, [B], from logits [B, K] with K >= 2: 0 for one class alone, 1 for all alike.
 
-    A sure answer gives `high`, an even one `low`; `reverse` swaps the two.
+    By `entropy` it is `H / log K`, by `confidence` it is `(1 - max p) K / (K - 1)`.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     log_p = torch.log_softmax(logits, dim=1)
-    doubt = (-(log_p.exp() * log_p).sum(1) / math.log(logits.shape[1])).clamp(0, 1)
+    classes = logits.shape[1]
+    if by == "confidence":
+        return ((1 - log_p.amax(1).exp()) * classes / (classes - 1)).clamp(0, 1)
+    return (-(log_p.exp() * log_p).sum(1) / math.log(classes)).clamp(0, 1)
+
+
+def doubt_temperature(doubt: Tensor, low: Tensor, high: Tensor, *, reverse: bool = False) -> Tensor:
+    """`low + (high - low) * (1 - doubt)`, [B]: a sure answer gives `high`, an even one `low`; `reverse` swaps them."""
     return low + (high - low) * (doubt if reverse else 1 - doubt)
 
 
 class EntropyTemperature(kdx.Target):
-    """A temperature per sample from the entropy of the given logits, [B], between `low` and `high`.
+    """A temperature per sample from how sure the given logits are, [B], between `low` and `high`.
 
     A rule of kdx itself: what a sure teacher knows beyond its answer shows only when it is softened, while an unsure
     one has said it already. It reads no labels. With `reverse`, unsure answers are softened more.
+
+    by: what is doubt: `entropy`, over that of an even answer, or `confidence`, by the highest probability alone.
     """
 
     name = "entropy_temperature"
@@ -38,18 +48,20 @@ class EntropyTemperature(kdx.Target):
 
     @dataclass(frozen=True)
     class Config:
+        by: str = "entropy"
         reverse: bool = False
 
     config: Config
 
     def __init__(self, config: Config, given: kdx.Given) -> None:
         super().__init__(config, given)
+        kdx.check_choice("by", config.by, DOUBTS)
         shape = given.shape("logits")
         if len(shape) != 1 or shape[0] < 2:
             raise kdx.PlanError(f"logits: found {list(shape)} for one sample, expected [K] with K >= 2 classes")
 
     def forward(self, logits: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        return entropy_temperature(logits, low, high, reverse=self.config.reverse)
+        return doubt_temperature(doubt_of(logits, self.config.by), low, high, reverse=self.config.reverse)
 
 
 def standardise(logits: Tensor) -> Tensor:
@@ -180,11 +192,58 @@ class LearnedTemperature(kdx.Target):
         self.theta = nn.Parameter(torch.tensor(1.0))
 
     def forward(self, gradient: Tensor) -> Tensor:
-        fixed = self.theta.detach()
-        theta = fixed + gradient.mean() * (self.theta - fixed)  # equal to theta, whatever the factor of its gradient
+        return self.config.low + self.config.reach * with_gradient(self.theta, gradient).sigmoid()
+
+
+def with_gradient(value: Tensor, factor: Tensor) -> Tensor:
+    """The value itself, whose gradient is multiplied by the mean of `factor`."""
+    fixed = value.detach()
+    return fixed + factor.mean() * (value - fixed)
+
+
+class LearnedTemperatures(kdx.Target):
+    """A temperature per sample that learns against the student (Li et al.: Curriculum temperature, AAAI 2023), [B].
+
+    `low + reach * sigmoid(theta_b)`, where two layers make `theta_b` of the logits [B, K] of teacher and student. As in
+    `ctkd` what comes back to the layers is multiplied by `gradient`, and all temperatures start at 15.62. Logits get no
+    gradient from here. The authors describe this form but published no code of it; the width is ours.
+
+    width: of the hidden layer; 2 K by default.
+    """
+
+    name = "ctkd_instance"
+    confidence = "paper"
+    inputs = {"student": "student.logits", "teacher": "teacher.logits"}
+    knobs = {"gradient": kdx.Knob(-1.0, at_most=0.0)}
+
+    @dataclass(frozen=True)
+    class Config:
+        low: float = 1.0
+        reach: float = 20.0
+        width: int | None = None
+
+    config: Config
+
+    def __init__(self, config: Config, given: kdx.Given) -> None:
+        super().__init__(config, given)
+        for name, value in {"low": config.low, "reach": config.reach, "width": config.width or 1}.items():
+            if not 0 < value < math.inf:
+                raise kdx.ConfigError(f"{name}: found {value}, expected a number above 0")
+        found = [given.shape(name) for name in ("student", "teacher")]
+        if any(len(shape) != 1 for shape in found):
+            raise kdx.PlanError(f"ctkd_instance reads logits [K], but found {found[0]} and {found[1]} for one sample")
+        inner = found[0][0] + found[1][0]
+        last = nn.Linear(config.width or inner, 1)
+        nn.init.zeros_(last.weight)
+        nn.init.ones_(last.bias)
+        self.layers = nn.Sequential(nn.Linear(inner, config.width or inner), nn.ReLU(), last)
+
+    def forward(self, student: Tensor, teacher: Tensor, gradient: Tensor) -> Tensor:
+        both = torch.cat([teacher, student], dim=1).detach().to(self.layers[0].weight.dtype)
+        theta: Tensor = with_gradient(self.layers(both)[:, 0], gradient)
         return self.config.low + self.config.reach * theta.sigmoid()
 
 
 @kdx.hookimpl
 def kdx_targets() -> list[type[kdx.Target]]:
-    return [EntropyTemperature, Standardised, DynamicTemperature, LearnedTemperature]
+    return [EntropyTemperature, Standardised, DynamicTemperature, LearnedTemperature, LearnedTemperatures]

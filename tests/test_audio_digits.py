@@ -188,3 +188,20 @@ def test_one_voice_under_two_names_is_refused(tmp_path: Path) -> None:
     voices = [f"{chr(97 + i)}x" for i in range(26)] + [f"{chr(97 + i)}y" for i in range(14)]
     with pytest.raises(ValueError, match="one and the same clip would be in two splits"):
         make(images, np.arange(10), voices, lambda word, *_: say(word, "ax", 170), tmp_path / "x")
+
+
+def test_the_licence_of_the_shipped_pairs_lies_beside_them() -> None:
+    text = (FILE.parent / "SPOKEN_DIGITS_LICENSE.txt").read_text(encoding="utf-8")
+    assert "Creative Commons Attribution-ShareAlike 3.0" in text
+    assert "eSpeak NG" in text
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_sound_is_made_ready_on_the_gpu_as_on_the_cpu() -> None:
+    data = digits(mel={}, mfcc={}, augment={"gain": {}, "delay": {}, "noise": {}, "spec_augment": {}})
+    batch = {**data.train().fetch(range(64)), "index": torch.arange(64)}
+    there = {name: tensor.cuda() for name, tensor in batch.items()}
+    found = data.on_device(there, Randomness(0, 1, there["index"]))
+    for name, expected in data.on_device(batch, Randomness(0, 1, batch["index"])).items():
+        torch.testing.assert_close(found[name].cpu(), expected, rtol=1e-3, atol=1e-3)

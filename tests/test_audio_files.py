@@ -18,6 +18,7 @@ from kdx.builtin.paired import Paired
 from kdx.data import SplitOptions, make_splits
 from kdx.errors import ConfigError, DataError
 from kdx.randomness import Randomness
+from kdx.student import read_header
 
 RATE = 8000
 
@@ -341,3 +342,21 @@ def test_a_network_that_sees_learns_from_pairs_and_hears_nothing(pairs: Path) ->
     student = kdx.load_student(result.folder)
     assert student.streams == ("image",)
     assert student(torch.rand(2, 1, 32, 32)).shape == (2, 2)
+
+
+def test_a_student_that_hears_is_deployed_with_its_sample_rate(clips: Path) -> None:
+    result = kdx.run(
+        {
+            "out": str(clips.parent / "runs"),
+            "data": {"use": "audio_folder", "path": str(clips), "rate": RATE, "validation": 0, "augment": {"gain": {}}},
+            "student": {"use": "wave_cnn", "input": ["audio", "audio_mask"], "channels": [4], "strides": [16]},
+            "losses": {"ce": {"use": "cross_entropy"}},
+            "train": {"epochs": 1, "batch": 3},
+            "baseline": False,
+        }
+    )
+    assert read_header(result.folder / "student.safetensors")["facts"]["streams"]["audio"]["rate"] == RATE
+    student = kdx.load_student(result.folder)
+    assert student.streams == ("audio", "audio_mask")
+    waves = torch.rand(2, 800)
+    assert student(waves, torch.ones(2, 800, dtype=torch.bool)).shape == (2, 2)

@@ -42,7 +42,7 @@ def extended() -> set[Path]:
 
 
 STUDIES = sorted((CONFIGS / "ablations").glob("*.yaml"))
-"""They are planned in test_study.py."""
+"""They are planned in test_study.py, and searches in test_tune.py."""
 OTHERS = [
     path for path in sorted(CONFIGS.rglob("*.yaml")) if path not in CIFAR and path not in STUDIES and is_whole(path)
 ]

@@ -24,6 +24,7 @@ from kdx.plugins import Registry, discover
 from kdx.runs import Options, build_plan, prepare
 from kdx.spec import check
 from kdx.study import plan_study, read_study
+from kdx.tune import check_search, read_search
 
 ROOT = Path(kdx.__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -157,6 +158,11 @@ def test_yaml_blocks_make_a_plan(block: Block, folder: Path) -> None:
         (folder / "study.yaml").write_text(yaml.safe_dump({**given, "base": str(base)}, sort_keys=False))
         _, plans = plan_study(read_study(folder / "study.yaml"), Options(quiet=True))
         assert set(plans) >= set(given["variants"])
+        return
+    if "space" in given:
+        base = ROOT / "configs" / "ablations" / given["base"]
+        (folder / "search.yaml").write_text(yaml.safe_dump({**given, "base": str(base)}, sort_keys=False))
+        assert check_search(read_search(folder / "search.yaml"), Options(quiet=True)).own is not None
         return
     if "train" not in given:  # a part of a config
         given = overlay({"extends": str(BASE)}, given)

@@ -5,19 +5,24 @@ from __future__ import annotations
 import importlib.util
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import filelock
 import pytest
 import torch
 import yaml
 from small_run import CASCADE, PLAIN, lines_of, quiet, weights_of, write_config
 
-from kdx.cli import main
+from kdx.checkpoint import load_state
+from kdx.cli import STOPPED, main
 from kdx.errors import ConfigError
-from kdx.executors import Executor, Finding, Unit, carry_out_study
-from kdx.processes import Processes
+from kdx.executors import Finding, Unit, carry_out_study
+from kdx.processes import Processes, shares
 from kdx.runs import Stopped
 from kdx.study import Outcome, Trial, plan_study, read_study
 
@@ -112,6 +117,7 @@ def test_a_trial_that_cannot_be_prepared_is_told_and_the_others_go_on() -> None:
     assert "no_such_loss" in outcomes[1].reason
 
 
+@pytest.mark.slow
 def test_processes_find_what_this_process_finds() -> None:
     outcomes, told = carried_out(trials("apart"), jobs=2, execute=Processes(2))
     carried_out(trials("here"), fan_out=False)
@@ -120,32 +126,40 @@ def test_processes_find_what_this_process_finds() -> None:
     same_students("apart", "here", outcomes)
 
 
+@pytest.mark.slow
 def test_a_unit_whose_process_dies_once_is_begun_again_and_goes_on(tmp_path: Path) -> None:
+    write_config(Path("base.yaml"), CASCADE, {"runtime": {"workers": 1}})  # a process may have processes of its own
     chosen = trials("runs", {"dies": dying(tmp_path / "mark")})
     outcomes, _ = carried_out(chosen, execute=Processes(1))
     assert outcomes[0].reason == ""
     assert (tmp_path / "mark").exists()
 
 
-def test_a_trial_whose_process_always_dies_fails_and_the_others_do_not(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_trial_whose_process_always_dies_fails_and_those_beside_it_do_not(tmp_path: Path) -> None:
     chosen = trials("runs", {"full": {}, "dies": dying(tmp_path / "mark", always=True)})
-    outcomes, _ = carried_out(chosen, fan_out=False, jobs=2, execute=Processes(2))
+    outcomes, _ = carried_out(chosen, execute=Processes(2))
     assert outcomes[0].result is not None
     assert outcomes[1].reason == "its process died 2 times, at last with exit code 9"
 
 
-def test_needs_are_trained_before_the_units_that_wait_for_them() -> None:
+@pytest.mark.slow
+def test_needs_are_trained_before_the_units_that_wait_for_them_and_all_say_how_they_go() -> None:
     layers: list[list[str]] = []
+    lines: list[str] = []
 
     def execute(units: Sequence[Unit], found: Callable[[Finding], None], stop: Callable[[], bool]) -> None:
         layers.append([str(config["name"]) for unit in units for config in unit.configs.values()])
-        Processes(1)(units, found, stop)
+        Processes(1, lines.append)(units, found, stop)
 
     outcomes, _ = carried_out(trials("runs", {"full": {}}), execute=execute)
     assert [sorted(layer) for layer in layers] == [["study_plain", "wide"], ["study"]]
+    assert "[1] wide, seed 0: begins" in lines
+    assert any(line.startswith("[1] study / full: epoch 2/2, val accuracy") for line in lines)
     assert outcomes[0].result is not None
 
 
+@pytest.mark.slow
 def test_a_study_that_is_asked_to_stop_stops_its_processes_and_goes_on_later() -> None:
     write_config(Path("base.yaml"), CASCADE, {"train": {"updates": 300}})
     chosen = trials("runs", {"full": {}})
@@ -167,10 +181,86 @@ def test_no_jobs_are_refused() -> None:
         Processes(0)
 
 
+@pytest.mark.slow
 def test_the_command_takes_jobs(capsys: pytest.CaptureFixture[str]) -> None:
-    trials("runs")
+    write_config(Path("base.yaml"), PLAIN)
+    trials("runs", {"full": {}, "slow": {"train": {"lr": 0.01}}})
     assert main(["ablate", "study.yaml", "--jobs", "2", "--quiet"]) == 0
-    assert "[3/3]" in capsys.readouterr().err
+    assert "[2/2]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--jobs", "0"], "--jobs: found 0, expected 1 or more"),
+        (["--gpus", "1"], "--cpus, --gpus: only tasks of Ray have them"),
+    ],
+)
+def test_flags_that_mean_nothing_are_refused(
+    flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_config(Path("base.yaml"), PLAIN)
+    trials("runs", {"full": {}})
+    assert main(["ablate", "study.yaml", *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_processes_take_the_gpus_that_this_one_sees_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert {share.gpu for share in shares(2)} == {None} or torch.cuda.is_available()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    assert [share.gpu for share in shares(3)] == ["3", "5", "3"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert [share.gpu for share in shares(3)] == ["0", "1", "0"]
+    assert all(share.threads >= 1 for share in shares(1000))
+
+
+def at_work(tmp_path: Path) -> subprocess.Popen[bytes]:
+    """A study of one long trial in a process of its own, in a session of its own; the trial has begun to train."""
+    write_config(Path("base.yaml"), PLAIN, {"train": {"updates": 30000}})
+    trials("runs", {"full": {}, "slow": {"train": {"lr": 0.01}}})
+    words = [sys.executable, "-m", "kdx", "ablate", "study.yaml", "--jobs", "2", "--no-fanout", "--quiet"]
+    process = subprocess.Popen(words, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(lambda: len([*tmp_path.glob("runs/study-*/checkpoint/last.pt")]) == 2)
+    return process
+
+
+def wait_for(holds: Callable[[], bool]) -> None:
+    ends = time.monotonic() + 120
+    while not holds():
+        assert time.monotonic() < ends, "it took too long"
+        time.sleep(0.1)
+
+
+def steps_saved(tmp_path: Path) -> list[int]:
+    states = [load_state(path) for path in sorted(tmp_path.glob("runs/study-*/checkpoint"))]
+    return [int(state["step"]) for state in states if state is not None]
+
+
+@pytest.mark.slow
+def test_ctrl_c_reaches_all_processes_of_a_terminal_and_each_of_them_saves(tmp_path: Path) -> None:
+    process = at_work(tmp_path)
+    before = steps_saved(tmp_path)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(60) == STOPPED
+    after = steps_saved(tmp_path)
+    assert all(now > then for now, then in zip(after, before, strict=True))
+    lines = [lines_of(folder)[-1]["step"] for folder in sorted(tmp_path.glob("runs/study-*"))]
+    assert lines == after, "what was trained last has been saved"
+
+
+@pytest.mark.slow
+def test_processes_whose_command_was_killed_save_and_end(tmp_path: Path) -> None:
+    process = at_work(tmp_path)
+    process.kill()
+    process.wait(60)
+    locks = [filelock.FileLock(path.parent / f".{path.name}.lock") for path in tmp_path.glob("runs/study-*")]
+    assert len(locks) == 2
+    for lock in locks:
+        lock.acquire(timeout=60)
+        lock.release()
+    lines = [lines_of(folder)[-1]["step"] for folder in sorted(tmp_path.glob("runs/study-*"))]
+    assert lines == steps_saved(tmp_path)
 
 
 # --- Ray
@@ -178,7 +268,7 @@ def test_the_command_takes_jobs(capsys: pytest.CaptureFixture[str]) -> None:
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def ray_of_two() -> Any:
     import ray
 
@@ -201,9 +291,38 @@ def test_two_workers_of_ray_find_what_this_process_finds_and_one_may_die(tmp_pat
     same_students("ray", "here", outcomes[:3])
 
 
-def test_without_ray_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
+@needs_ray
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_study_on_ray_that_is_asked_to_stop_saves(tmp_path: Path, ray_of_two: Any) -> None:
+    from kdx.ray_executor import Ray
 
+    write_config(Path("base.yaml"), PLAIN, {"train": {"updates": 30000}})
+    chosen = trials("runs", {"full": {}})
+    begun: list[bool] = []
+
+    def stop() -> bool:
+        begun[:] = [bool([*tmp_path.glob("runs/study-*/checkpoint/last.pt")])]
+        return begun[0]
+
+    with pytest.raises(Stopped):
+        carry_out_study(chosen, quiet(stop=stop), lambda found, left: None, execute=Ray())
+    (folder,) = tmp_path.glob("runs/study-*")
+    assert [lines_of(folder)[-1]["step"]] == steps_saved(tmp_path)
+
+
+@needs_ray
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_what_no_machine_of_ray_has_is_refused(ray_of_two: Any) -> None:
+    from kdx.ray_executor import Ray
+
+    chosen = trials("runs", {"full": {}})
+    with pytest.raises(ConfigError, match=r"--cpus 64 --gpus 0: no machine has them \(there are: 2 CPUs and 0 GPUs\)"):
+        carried_out(chosen, execute=Ray(64))
+
+
+def test_without_ray_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     from kdx.errors import KdxError
     from kdx.ray_executor import Ray
 

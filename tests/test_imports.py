@@ -43,12 +43,13 @@ LAYERS = """
     agreement
     outcome resume preflight derive
     runs
-    api init reference study fanout
-    study_table findings executors
-    processes ray_executor
+    api init reference study fanout tune
+    study_table findings executors tune_trials
+    processes ray_executor tune_plots
+    tune_jobs
     study_plots study_latex study_text study_live
-    study_report
-    tiny bench
+    study_report tune_report
+    tiny bench tune_command
     testing cli
     __main__
 """

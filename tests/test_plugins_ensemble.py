@@ -167,3 +167,23 @@ def test_ensembles_keep_the_contract() -> None:
     check_target(Mean, of="logits", weights=[1.0, 2.0, 0.0], temperature=4.0)
     check_target(ConfidenceMean, sharpness=50.0)
     check_target(EntropyMean)
+
+
+def test_the_logits_of_each_teacher_are_divided_by_its_own_temperature() -> None:
+    cases: list[tuple[type[Any], tuple[Tensor, ...]]] = [
+        (Mean, (FOUR,)),
+        (ConfidenceMean, (FOUR, FOUR)),
+        (EntropyMean, (FOUR,)),
+    ]
+    own = [1.0, 2.0, 0.5]
+    divided = [teacher / temperature for teacher, temperature in zip(TEACHERS, own, strict=True)]
+    for kind, knobs in cases:
+        found, expected = make(kind, temperatures=own)(TEACHERS, *knobs), make(kind)(divided, *knobs)
+        for name in found:
+            torch.testing.assert_close(found[name], expected[name])
+        assert not torch.allclose(found["logits"], make(kind)(TEACHERS, *knobs)["logits"])
+        with pytest.raises(kdx.PlanError, match="temperatures: found 2 of them for 3 teachers, expected one for each"):
+            make(kind, temperatures=[1.0, 2.0])
+        with pytest.raises(kdx.ConfigError, match=r"temperatures: found \[1.0, 0.0, 2.0\], expected numbers above 0"):
+            make(kind, temperatures=[1.0, 0.0, 2.0])
+        check_target(kind, temperatures=own)

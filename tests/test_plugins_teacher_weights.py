@@ -1,4 +1,4 @@
-"""Weights of teachers from labels: published values, what reaches them, and what they make of a teacher that guesses."""
+"""Weights of teachers from labels: published values, what reaches them, and what a teacher that guesses gets."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def learned(mixture: str) -> dict[str, Any]:
 
 def test_a_run_that_does_not_train_the_weights_is_refused() -> None:
     kdx_plan_ready(plan_of(learned("committee.mixture")))
-    with pytest.raises(kdx.PlanError, match="targets.committee: its weights learn through `mixture`, which no loss"):
+    with pytest.raises(kdx.PlanError, match=r"targets\.committee: its weights learn through `mixture`, which no loss"):
         kdx_plan_ready(plan_of(learned("student.logits")))
 
 

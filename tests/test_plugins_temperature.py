@@ -14,10 +14,12 @@ from kdx_plugins.temperature import (
     DynamicTemperature,
     EntropyTemperature,
     LearnedTemperature,
+    LearnedTemperatures,
     Standardised,
     confusion,
+    doubt_of,
+    doubt_temperature,
     dynamic_temperature,
-    entropy_temperature,
     standardise,
 )
 
@@ -30,14 +32,14 @@ LOW, HIGH = torch.tensor(1.0), torch.tensor(4.0)
 
 def test_a_sure_answer_gets_the_high_temperature_and_an_even_one_the_low_one() -> None:
     logits = torch.tensor([[1e4, 0.0, 0.0], [2.0, 2.0, 2.0]])
-    torch.testing.assert_close(entropy_temperature(logits, LOW, HIGH), torch.tensor([4.0, 1.0]))
-    torch.testing.assert_close(entropy_temperature(logits, LOW, HIGH, reverse=True), torch.tensor([1.0, 4.0]))
+    torch.testing.assert_close(doubt_temperature(doubt_of(logits), LOW, HIGH), torch.tensor([4.0, 1.0]))
+    torch.testing.assert_close(doubt_temperature(doubt_of(logits), LOW, HIGH, reverse=True), torch.tensor([1.0, 4.0]))
 
 
 def test_the_value_of_a_coin_among_four_classes_is_half_way() -> None:
     logits = torch.tensor([[0.5, 0.5, 0.0, 0.0]], dtype=torch.float64).log()
     logits[:, 2:] = -1e4  # two of four classes: entropy log 2, half of log 4
-    value = entropy_temperature(logits, LOW.double(), HIGH.double())
+    value = doubt_temperature(doubt_of(logits), LOW.double(), HIGH.double())
     assert value.item() == pytest.approx(1 + 3 * (1 - math.log(2) / math.log(4)), abs=1e-9)
 
 
@@ -45,10 +47,10 @@ def test_the_value_of_a_coin_among_four_classes_is_half_way() -> None:
 @given(seed=st.integers(0, 1000), scale=st.floats(0, 100), shift=st.floats(-10, 10))
 def test_it_stays_between_its_knobs_and_ignores_a_shift(seed: int, scale: float, shift: float) -> None:
     logits = scale * torch.randn(4, 7, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    value = entropy_temperature(logits, LOW, HIGH)
+    value = doubt_temperature(doubt_of(logits), LOW, HIGH)
     assert ((value >= 1) & (value <= 4)).all()
-    torch.testing.assert_close(entropy_temperature(logits + shift, LOW, HIGH), value)
-    both = value + entropy_temperature(logits, LOW, HIGH, reverse=True)
+    torch.testing.assert_close(doubt_temperature(doubt_of(logits + shift), LOW, HIGH), value)
+    both = value + doubt_temperature(doubt_of(logits), LOW, HIGH, reverse=True)
     torch.testing.assert_close(both, torch.full_like(both, 5.0))
 
 
@@ -124,6 +126,41 @@ def test_no_gradient_reaches_the_student_through_its_dynamic_temperature() -> No
     assert not target(student, TEACHER, number(10.0), number(40.0), number(1.0)).requires_grad
 
 
+def test_doubt_by_confidence_sees_the_highest_probability_alone() -> None:
+    p = torch.tensor([[0.4, 0.6, 0.0, 0.0], [0.6, 0.2, 0.1, 0.1], [1.0, 0.0, 0.0, 0.0], [0.25, 0.25, 0.25, 0.25]])
+    found = doubt_of(p.clamp(min=1e-9).log(), "confidence")
+    torch.testing.assert_close(found, torch.tensor([0.4, 0.4, 0.0, 1.0]) * torch.tensor([4 / 3, 4 / 3, 1, 1]))
+
+
+def instance(**options: float) -> LearnedTemperatures:
+    torch.manual_seed(0)
+    return LearnedTemperatures(
+        LearnedTemperatures.Config(**options), kdx.Given(shapes={"student": (4,), "teacher": (4,)})
+    )
+
+
+def test_temperatures_of_samples_begin_where_the_learned_one_does_and_then_differ() -> None:
+    target, logits = instance(), (torch.randn(6, 4), torch.randn(6, 4))
+    start = target(*logits, gradient=torch.tensor(-1.0))
+    torch.testing.assert_close(start, torch.full((6,), 15.6211715726), rtol=1e-6, atol=0)
+    with torch.no_grad():
+        target.layers[-1].weight.normal_()
+    assert len(target(*logits, gradient=torch.tensor(-1.0)).unique()) == 6
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0, -0.25])
+def test_layers_of_temperatures_get_their_gradient_times_the_factor_and_logits_none(factor: float) -> None:
+    student, teacher = torch.randn(6, 4, requires_grad=True), torch.randn(6, 4, requires_grad=True)
+    grads = []
+    for gradient in (torch.tensor(factor), torch.tensor(1.0)):
+        target = instance()
+        target(student, teacher, gradient=gradient).square().sum().backward()
+        grads.append(target.layers[-1].bias.grad)
+    torch.testing.assert_close(grads[0], factor * grads[1])
+    assert student.grad is None
+    assert teacher.grad is None
+
+
 def learned(**options: float) -> LearnedTemperature:
     target = LearnedTemperature(LearnedTemperature.Config(**options), kdx.Given())
     target.double()
@@ -184,3 +221,5 @@ def test_targets_keep_the_contract() -> None:
     check_target(DynamicTemperature)
     check_target(DynamicTemperature, confusion="focal", gamma=2.0)
     check_target(LearnedTemperature)
+    check_target(LearnedTemperatures)
+    check_target(EntropyTemperature, by="confidence")

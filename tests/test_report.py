@@ -147,6 +147,15 @@ def test_without_a_test_split_no_test_accuracy_is_claimed(tmp_path):
     assert "read once" not in text
 
 
+def test_a_teacher_that_had_more_images_than_the_student_is_said_to_have_had_them(tmp_path):
+    result = dataclasses.replace(sample_result(), seen=600)
+    write_result(tmp_path, result)
+    write_report(tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "saw the labels of all 600 training samples." in text
+    assert "`wide` the labels of 54,000 training samples, `vit`" in text
+
+
 def test_a_plain_student_with_other_labels_is_called_no_fair_comparison(tmp_path):
     result = sample_result()
     write_result(tmp_path, dataclasses.replace(result, plain=dataclasses.replace(result.plain, labelled=900)))

@@ -197,13 +197,14 @@ def test_added_gradients_are_those_of_a_backward_pass() -> None:
 
 
 def test_an_added_gradient_lies_in_memory_as_its_weight_does() -> None:
-    net = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    net = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
     runtime = Runtime(CPU)
     runtime.prepare(net, torch.optim.SGD(net.parameters(), lr=0.1), None)
     runtime.add([torch.ones(4, 3, 3, 3), None])
     assert net.weight.grad is not None
     assert net.weight.grad.stride() == net.weight.stride()
-    assert net.bias.grad is None  # type: ignore[union-attr]
+    assert net.bias is not None
+    assert net.bias.grad is None
 
 
 def small() -> tuple[nn.Linear, Runtime]:

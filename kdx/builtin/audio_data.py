@@ -129,10 +129,14 @@ def to_wave(audio: Tensor) -> Tensor:
 
 
 def _read_fronts(config: Any, rate: int) -> dict[str, LogMel]:
-    kinds: dict[str, tuple[type[MelOptions], type[LogMel]]] = {"mel": (MelOptions, LogMel), "mfcc": (MfccOptions, Mfcc)}
+    """Stream -> what makes it from waveforms, for the options `mel` and `mfcc`."""
+    kinds: dict[str, tuple[Any, type[MelOptions], type[LogMel]]] = {
+        "mel": (config.mel, MelOptions, LogMel),
+        "mfcc": (config.mfcc, MfccOptions, Mfcc),
+    }
     fronts: dict[str, LogMel] = {}
-    for name, (schema, front) in kinds.items():
-        if (options := getattr(config, name)) is not None:
+    for name, (options, schema, front) in kinds.items():
+        if options is not None:
             read = read_options(schema, options, f"data.{name}")
             try:
                 fronts[name] = front(read, rate)
