@@ -178,8 +178,8 @@ class Node(Component, nn.Module):
         to its input and none to its weights. `Many("*.classifier")` gives a list, one for each teacher.
     trains: the borrowed parts whose weights learn from the node as well. They must be parts of a model that is trained.
     same_shape: groups of inputs whose shapes must be equal.
-    confidence: how sure it is that a published method is computed: `values` where numbers of public code are met, `code`
-        where it was written after public code, `paper` after the description alone; empty for rules of one's own.
+    confidence: how sure it is that a published method is computed: `values` where numbers of public code are met,
+        `code` where it was written after public code, `paper` after the description alone; empty for one's own rules.
 
     Parameters are trained with the student; buffers and the generator are saved, so state survives a resume.
     """

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from io import StringIO, TextIOBase
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import IO, cast
+from typing import IO, TYPE_CHECKING, cast
 
 import torch
 from rich.console import Console
@@ -20,6 +20,9 @@ from kdx.errors import ConfigError, KdxError
 from kdx.executors import Finding, Found, Unit, carry_out_unit
 from kdx.runs import Stopped
 from kdx.stopping import Stopper
+
+if TYPE_CHECKING:
+    from multiprocessing.context import ForkServerContext, SpawnContext
 
 TRIES = 2
 """How often a unit is begun when its process dies."""
@@ -50,6 +53,17 @@ def shares(jobs: int) -> list[Share]:
     count = torch.cuda.device_count()
     gpus = visible[:count] if len(visible) >= count and visible[0] else [*map(str, range(count))]
     return [Share(max(1, cores // jobs), gpus[place % count] if count else None) for place in range(jobs)]
+
+
+def fresh_processes() -> SpawnContext | ForkServerContext:
+    """What makes processes that share nothing with this one, CUDA above all. Where the system can, they are copies of
+    one that has imported everything, so that a short trial does not wait for that.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "timm", "torchmetrics.classification", "matplotlib.pyplot"])
+    return context
 
 
 @contextmanager
@@ -95,7 +109,7 @@ class Processes:
     def __init__(self, jobs: int, say: Callable[[str], None] | None = None) -> None:
         self._shares = shares(jobs)
         self._say = say
-        self._context = multiprocessing.get_context("spawn")
+        self._context = fresh_processes()
 
     def __call__(self, units: Sequence[Unit], found: Found, stop: Callable[[], bool]) -> None:
         waiting = [(unit, 1) for unit in reversed(units)]

@@ -37,14 +37,17 @@ The losses and targets that come as plugins: where they are from, what they read
 train besides the student. What they read is a default that `inputs` changes; *both* stands for student and teacher. A
 method's name leads to its config, a short run on the shipped images; [components](components.md) says more of each.
 
-*Held by* says how sure it is that a method computes what its source says: *values*, numbers made with public code (of the
-authors or of a benchmark) are met; *code*, it was written after public code; *paper*, after the description alone."""
+*Held by* says how sure it is that a method computes what its source says: *values*, numbers made with public code (of
+the authors or of a benchmark) are met; *code*, it was written after public code; *paper*, after the description
+alone."""
 _RECIPES = """\
 Configs of methods that need no component of their own: what is new in them is how parts are put together."""
 _SOURCE = re.compile(r"\(([^()]*\b(?:19|20)\d\d\b[^()]*)\)")
 """Authors, venue and year in a docstring."""
 _OWN = "A rule of kdx itself"
 _BOTH = ("student", "teacher")
+TEACHERS = 2
+"""How many a component for several teachers is tried with."""
 _OPTION = re.compile(r"[a-z_][a-z0-9_]*(?:, [a-z_][a-z0-9_]*)*: ")
 """A line of a docstring that explains options."""
 _SECTIONS = (
@@ -224,7 +227,9 @@ def _example(key: str, spec: Any, widths: tuple[int, int], free: Shape) -> Any:
     if isinstance(spec, Many):
         refs: list[str | None] = [ref.replace("*", "teacher") for ref in spec.default] or [None]
         several = not spec.default or any("*" in ref for ref in spec.default)
-        return [_example(key, ref, widths, free) for ref in refs] * (2 if several else 1)
+        return [_example(key, ref, widths, free) for ref in refs] * (TEACHERS if several else 1)
+    if key == "weights":  # of teachers, as every target of weights names it
+        return (TEACHERS,)
     ref = spec if isinstance(spec, str) else key
     width = widths[ref.startswith("teacher")]
     if ref.startswith("batch."):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable
 
 from rich.console import Console
 
 from kdx.formats import number, percent
-from kdx.processes import PATIENCE, Share, orphaned, shares, spared
+from kdx.processes import PATIENCE, Share, fresh_processes, orphaned, shares, spared
 from kdx.runs import Options, Stopped
 from kdx.stopping import Stopper
 from kdx.tune import Ground, Search
@@ -22,7 +21,7 @@ def carry_out_with(jobs: int, search: Search, ground: Ground, options: Options, 
     Raises `Stopped` when asked to stop, once all of them have saved.
     """
     mine, *others = shares(jobs)
-    context = multiprocessing.get_context("spawn")
+    context = fresh_processes()
     processes = [context.Process(target=_join, args=(search, ground, share)) for share in others]
     with spared():
         for process in processes:

@@ -21,8 +21,8 @@ Shape: TypeAlias = tuple[int, ...]
 class StreamFacts:
     """What is known about one stream before a batch is read.
 
-    `kind` is `image`, `audio` (a waveform `[T]`), `vector`, `label`, or `mask` (bool: `[T]` where a clip has sound, `()`
-    for whether the sample has a modality at all). `mean` and `std` are per channel, on the scale that
+    `kind` is `image`, `audio` (a waveform `[T]`), `vector`, `label`, or `mask` (bool: `[T]` where a clip has sound,
+    `()` for whether the sample has a modality at all). `mean` and `std` are per channel, on the scale that
     `Dataset.on_device` gives (`0..1` for images, `-1..1` for waveforms); a model normalises its own input with them
     unless it brings its own. `rate` is that of a waveform in Hz, 0 for all else.
     """

@@ -103,13 +103,12 @@ class SelfSupervision(kdx.Loss):
     the same order. Either net has a head of two layers, trained here, before the cosines of its views with all plain
     images. The student's are drawn to the teacher's: KL at `temperature` of the selected rows, which are those in which
     the teacher's head finds the right image and, of the others, the share `keep` in which it ranks highest.
+    The value is `transfer` times that term plus `task` times the cross-entropy, at temperature 1, by which the
+    teacher's head learns the task itself; so it is not 0 for a perfect student. The head takes no gradient from the
+    student's term and gives none to the teacher. By default both learn together. The authors train the head
+    beforehand, for 60 epochs; that is a first stage in which `transfer` and the weights of all other losses are 0, and
+    a second one in which `task` is 0, as `configs/methods/sskd.yaml` shows.
     Published: weight 10.
-
-    The value is `transfer` times that term plus `task` times the cross-entropy, at temperature 1, by which the teacher's
-    head learns the task itself; so it is not 0 for a perfect student. The head takes no gradient from the student's term
-    and gives none to the teacher. By default both learn together. The authors train the head beforehand, for 60 epochs;
-    that is a first stage in which `transfer` and the weights of all other losses are 0, and a second one in which `task`
-    is 0, as `configs/methods/sskd.yaml` shows.
 
     width: of the heads' two layers; that of each embedding by default.
     """

@@ -239,7 +239,7 @@ class LearnedTemperatures(kdx.Target):
         self.layers = nn.Sequential(nn.Linear(inner, config.width or inner), nn.ReLU(), last)
 
     def forward(self, student: Tensor, teacher: Tensor, gradient: Tensor) -> Tensor:
-        both = torch.cat([teacher, student], dim=1).detach().to(self.layers[0].weight.dtype)
+        both = torch.cat([teacher, student], dim=1).detach().to(next(self.layers.parameters()).dtype)
         theta: Tensor = with_gradient(self.layers(both)[:, 0], gradient)
         return self.config.low + self.config.reach * theta.sigmoid()
 

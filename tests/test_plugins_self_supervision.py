@@ -45,6 +45,7 @@ def logits_loss(views: int = 3, classes: int = 4, **options: Any) -> AlteredLogi
     shapes = {"student_views": [(classes,)] * views, "teacher_views": [(classes,)] * views}
     return AlteredLogits(AlteredLogits.Config(**options), kdx.Given(shapes=shapes))
 
+
 ONE = torch.tensor(1.0)
 
 

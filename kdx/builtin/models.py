@@ -77,7 +77,7 @@ class Timm(Model):
         import timm
 
         config = self.config
-        make = functools.partial(timm.create_model, config.model, pretrained=pretrained)
+        make: Callable[..., nn.Module] = functools.partial(timm.create_model, config.model, pretrained=pretrained)
         if config.model.partition(".")[2][:1].isupper() and not pretrained:  # tags of weights are in lower case
             make = _class_of_timm(config.model)
         elif not timm.is_model(config.model):
