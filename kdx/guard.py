@@ -71,18 +71,25 @@ class Guarded:
         return next(call.gives for call in self.calls if call.name == name)
 
 
-def guarded(calls: Sequence[Call], shapes: Mapping[Key, Shape], on_bad_teacher: str) -> Guarded:
-    """The models among the teacher-side `calls`. With `drop`, logits of one shape on one view stand in for each other.
+def guarded(
+    calls: Sequence[Call],
+    shapes: Mapping[Key, Shape],
+    on_bad_teacher: str,
+    classes: Mapping[str, tuple[str, ...]] | None = None,
+) -> Guarded:
+    """The models among the teacher-side `calls`. With `drop`, logits of one shape on one view stand in for each other,
+    unless `classes` says that their teachers tell other classes apart.
 
     Raises `PlanError` where `drop` finds no two teachers for that.
     """
     models = tuple(call for call in calls if isinstance(call, ModelCall))
-    groups: dict[tuple[str, Shape], list[Key]] = {}
+    groups: dict[tuple[str, Shape, tuple[str, ...] | None], list[Key]] = {}
     if on_bad_teacher == "drop":
         for call in models:
             for key in call.gives:
+                name, _, view = call.name.partition("@")
                 if key.endswith(f".{LOGITS}"):
-                    groups.setdefault((call.name.partition("@")[2], shapes[key]), []).append(key)
+                    groups.setdefault((view, shapes[key], (classes or {}).get(name)), []).append(key)
     several = tuple(tuple(keys) for keys in groups.values() if len(keys) > 1)
     if models and on_bad_teacher == "drop" and not several:
         raise PlanError(

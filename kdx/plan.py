@@ -123,6 +123,7 @@ def make_plan(
         raise PlanError("losses: none of them reads the student, so nothing would be learnt")
     _check_student(spec, student, shapes, facts)
     losses = tuple(call for call in calls if isinstance(call, NodeCall) and call.kind == "losses")
+    others = {name: own for name, own in (classes or {}).items() if own != facts.classes}
     teacher_side = _teacher_side(spec, calls)
     teacher_calls = tuple(call for call in calls if call.name in teacher_side and call not in losses)
     learner_calls = tuple(call for call in calls if call not in teacher_calls and call not in losses)
@@ -133,7 +134,7 @@ def make_plan(
     return Plan(
         spec, facts, student, teacher_calls, learner_calls, losses, tuple(kept), knobs, shapes, reached.unused,
         tuple(_notes(calls, teacher_side)), shown, read, tuple(key for key in reported if key not in kept),
-        guarded(teacher_calls, shapes, spec.root.on_bad_teacher),
+        guarded(teacher_calls, shapes, spec.root.on_bad_teacher, others),
     )  # fmt: skip
 
 

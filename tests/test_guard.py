@@ -14,7 +14,7 @@ from test_shown import TWO
 
 from kdx.config import load_mapping
 from kdx.errors import ConfigError, KdxError, PlanError
-from kdx.guard import EVERY
+from kdx.guard import EVERY, guarded
 from kdx.loop import Session, Watchers, train
 from kdx.plots_shown import shown_panels
 from kdx.report_teachers import dropped_section
@@ -81,6 +81,13 @@ def test_features_are_looked_at_as_well() -> None:
     net.first.register_forward_hook(lambda module, inputs, output: output / 0)
     with pytest.raises(KdxError, match=r"teachers.wide: it gave nan or inf for 36 samples, first in update 1 "):
         Seen(session)
+
+
+def test_teachers_of_other_classes_do_not_stand_in_for_each_other() -> None:
+    plan = session_of(DROP).plan
+    assert len(guarded(plan.teacher_calls, plan.shapes, "drop").groups) == 1
+    with pytest.raises(PlanError, match="give logits over the same classes"):
+        guarded(plan.teacher_calls, plan.shapes, "drop", {"wide": ("a", "b", "c")})
 
 
 def test_a_dropped_answer_is_replaced_by_that_of_the_other_teacher() -> None:
