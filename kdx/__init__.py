@@ -14,8 +14,13 @@ if TYPE_CHECKING:
     from kdx.api import run as run
     from kdx.authoring import check_choice as check_choice
     from kdx.authoring import check_classes as check_classes
+    from kdx.authoring import check_same_classes as check_same_classes
+    from kdx.authoring import check_teachers as check_teachers
+    from kdx.authoring import hint_distances as hint_distances
     from kdx.authoring import over_labelled as over_labelled
     from kdx.authoring import pool_to_smaller as pool_to_smaller
+    from kdx.authoring import precise as precise
+    from kdx.authoring import soft_divergences as soft_divergences
     from kdx.components import OPTIONAL as OPTIONAL
     from kdx.components import REQUIRED as REQUIRED
     from kdx.components import Aligner as Aligner
@@ -58,7 +63,10 @@ __version__ = "0.1.0"
 
 _NAMES = {
     "kdx.api": ("RunResult", "make", "run"),
-    "kdx.authoring": ("check_choice", "check_classes", "over_labelled", "pool_to_smaller"),
+    "kdx.authoring": (
+        "check_choice", "check_classes", "check_same_classes", "check_teachers", "hint_distances", "over_labelled",
+        "pool_to_smaller", "precise", "soft_divergences",
+    ),
     "kdx.components": (
         "OPTIONAL", "REQUIRED", "Aligner", "Dataset", "Given", "Knob", "Loss", "Many", "Metric", "Model",
         "Network", "Node", "Schedule", "Split", "Target", "hookimpl", "per_sample",

@@ -2,14 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdx.components import Given
+from kdx.components import Given, per_sample
 from kdx.errors import ConfigError, PlanError
+from kdx.types import Shape
+
+
+def precise(x: Tensor) -> Tensor:
+    """The tensor in float32 at least: probabilities and mixtures of half precision are too coarse."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def soft_divergences(student: Tensor, teachers: Sequence[Tensor], temperatures: Tensor | Sequence[Tensor]) -> Tensor:
+    """`tau_k^2 KL(softmax(z_k / tau_k) || softmax(z_s / tau_k))`, [B, M], from logits [B, K] of M teachers.
+
+    A temperature is 0-d or [B]; one may be for all, or each teacher has its own. Teachers get no gradient.
+    """
+    each = [temperatures] * len(teachers) if isinstance(temperatures, Tensor) else temperatures
+    values = []
+    for teacher, temperature in zip(teachers, each, strict=True):
+        tau = per_sample(temperature, student)
+        log_p, log_q = torch.log_softmax(teacher.detach() / tau, dim=1), torch.log_softmax(student / tau, dim=1)
+        values.append(F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1) * temperature.square())
+    return torch.stack(values, 1)
+
+
+def hint_distances(student: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor:
+    """The mean squared difference of M pairs of tensors [B, ...] of equal shape, [B, M]. Teachers get no gradient."""
+    pairs = zip(student, teachers, strict=True)
+    return torch.stack([(ours - theirs.detach()).square().flatten(1).mean(1) for ours, theirs in pairs], 1)
 
 
 def pool_to_smaller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,3 +62,24 @@ def check_choice(name: str, found: str, choices: Collection[str]) -> None:
     """Raise `ConfigError` unless an option is one of the words that it may be."""
     if found not in choices:
         raise ConfigError(f"{name}: found {found!r}, expected one of {', '.join(choices)}")
+
+
+def check_teachers(given: Given, name: str = "logits") -> int:
+    """How many teachers the input `name` of many logits [K] has; `PlanError` unless all have the same K >= 2."""
+    shapes: list[Shape] = given.shapes[name]
+    if any(len(shape) != 1 or shape != shapes[0] for shape in shapes) or shapes[0][0] < 2:
+        found = ", ".join(str(list(shape)) for shape in shapes)
+        raise PlanError(f"{name}: found {found} for one sample, expected [K] with the same K >= 2 for each teacher")
+    return len(shapes)
+
+
+def check_same_classes(who: str, given: Given, name: str = "teacher") -> int:
+    """How many teachers the input `name` of many logits has; `PlanError` unless they have the student's classes."""
+    check_classes(who, given, "student")
+    ours, theirs = given.shape("student"), given.shapes[name]
+    if any(shape != ours for shape in theirs):
+        found = ", ".join(str(list(shape)) for shape in theirs)
+        raise PlanError(
+            f"{who}: the student's logits are {list(ours)}, those of the teachers {found}; expected the same classes"
+        )
+    return len(theirs)

@@ -63,7 +63,7 @@ class Mean(kdx.Target):
         super().__init__(config, given)
         if config.of not in ("probabilities", "logits"):
             raise kdx.ConfigError(f"of: found {config.of!r}, expected probabilities or logits")
-        count = _count_teachers(given)
+        count = kdx.check_teachers(given)
         weights = [1.0] * count if config.weights is None else list(config.weights)
         if len(weights) != count:
             raise kdx.PlanError(f"weights: found {len(weights)} of them for {count} teachers, expected one for each")
@@ -110,7 +110,7 @@ class ConfidenceMean(kdx.Target):
 
     def __init__(self, config: Config, given: kdx.Given) -> None:
         super().__init__(config, given)
-        _check_temperatures(config.temperatures, _count_teachers(given))
+        _check_temperatures(config.temperatures, kdx.check_teachers(given))
 
     def forward(self, logits: list[Tensor], sharpness: Tensor, temperature: Tensor) -> dict[str, Tensor]:
         logits = _softened(logits, self.config.temperatures)
@@ -148,7 +148,7 @@ class EntropyMean(kdx.Target):
 
     def __init__(self, config: Config, given: kdx.Given) -> None:
         super().__init__(config, given)
-        count = _count_teachers(given)
+        count = kdx.check_teachers(given)
         if count < 2:
             raise kdx.PlanError("ebkd weighs teachers against each other, but it was given one; expected two or more")
         _check_temperatures(config.temperatures, count)
@@ -158,14 +158,6 @@ class EntropyMean(kdx.Target):
         weights = entropy_weights(logits)
         log_weights = weights.clamp(min=1e-12).log()  # a weight of 0 would give a gradient of 0 * inf
         return {"logits": mix(logits, log_weights.unbind(1), temperature), "weights": weights}
-
-
-def _count_teachers(given: kdx.Given) -> int:
-    shapes: list[kdx.Shape] = given.shapes["logits"]
-    if any(len(shape) != 1 or shape != shapes[0] for shape in shapes) or shapes[0][0] < 2:
-        found = ", ".join(str(list(shape)) for shape in shapes)
-        raise kdx.PlanError(f"logits: found {found} for one sample, expected [K] with the same K >= 2 for each teacher")
-    return len(shapes)
 
 
 def _check_temperatures(temperatures: list[float] | None, count: int) -> None:
@@ -181,7 +173,7 @@ def _check_temperatures(temperatures: list[float] | None, count: int) -> None:
 
 def _softened(logits: Sequence[Tensor], temperatures: Sequence[float] | None) -> list[Tensor]:
     """Each teacher's logits over its temperature, at least float32: in half precision mixtures are too coarse."""
-    precise = [z.to(torch.promote_types(z.dtype, torch.float32)) for z in logits]
+    precise = [kdx.precise(z) for z in logits]
     if temperatures is None:
         return precise
     return [z / temperature for z, temperature in zip(precise, temperatures, strict=True)]

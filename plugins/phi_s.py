@@ -104,7 +104,7 @@ class PhiStandardised(kdx.Target):
         self.scale.copy_(scale)
 
     def forward(self, features: Tensor) -> Tensor:
-        features = features.to(torch.promote_types(features.dtype, torch.float32))
+        features = kdx.precise(features)
         return phi_standardise(features, self.mean, self.rotation, self.scale)
 
     def inverse(self, standardised: Tensor) -> Tensor:

@@ -89,7 +89,7 @@ class Route(kdx.Target):
         count = len(logits)
         is_named = (by >= 0).unsqueeze(1)
         teacher = self.teacher_of[by.long().clamp(0, len(self.teacher_of) - 1)]
-        stacked = torch.stack([_precise(z) for z in logits], 1)
+        stacked = torch.stack([kdx.precise(z) for z in logits], 1)
         weights = torch.where(is_named, F.one_hot(teacher, count).to(stacked.dtype), 1 / count)
         tau = temperature.reshape(-1, 1, 1)
         evenly = mixed((stacked / tau).log_softmax(2).unbind(1), torch.full_like(weights, 1 / count), temperature)
@@ -206,9 +206,9 @@ class ClassSubset(kdx.Target):
         sharpness: Tensor,
         temperature: Tensor,
     ) -> dict[str, Tensor]:
-        logits = [_precise(z) for z in logits]
+        logits = [kdx.precise(z) for z in logits]
         if student is not None:
-            signs = log_mass(_precise(student.detach()), self.knows)
+            signs = log_mass(kdx.precise(student.detach()), self.knows)
         else:
             signs = torch.stack([(confidence if self.config.rule == "confidence" else energy)(z) for z in logits], 1)
         weights = subset_weights(signs, sharpness)
@@ -329,11 +329,6 @@ def _listed(numbers: Sequence[int], given: kdx.Given) -> str:
     """Classes by number and, where the data names them, by name."""
     names = given.facts.classes
     return ", ".join(f"{number} ({names[number]})" if names else str(number) for number in numbers)
-
-
-def _precise(logits: Tensor) -> Tensor:
-    """At least float32: entropies and mixtures of half precision are too coarse."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 @kdx.hookimpl

@@ -7,26 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import kdx
 
 ROUNDS, PULL = 16, 0.02
 """Steps of the interior-point method, and the part of the distance to the bounds that each aims to leave."""
-
-
-def divergences(student: Tensor, teachers: Sequence[Tensor], temperatures: Sequence[Tensor]) -> Tensor:
-    """`tau_k^2 KL(softmax(z_k / tau_k) || softmax(z_s / tau_k))`, [B, M], from logits [B, K].
-
-    Each of the M teachers has its own temperature, 0-d or [B].
-    """
-    values = []
-    for teacher, temperature in zip(teachers, temperatures, strict=True):
-        tau = kdx.per_sample(temperature, student)
-        log_p, log_q = torch.log_softmax(teacher.detach() / tau, dim=1), torch.log_softmax(student / tau, dim=1)
-        values.append(F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1) * temperature.square())
-    return torch.stack(values, 1)
 
 
 class EqualDivergences(kdx.Loss):
@@ -53,7 +39,7 @@ class EqualDivergences(kdx.Loss):
 
     def __init__(self, config: Config, given: kdx.Given) -> None:
         super().__init__(config, given)
-        count = _count_teachers(self.name, given)
+        count = kdx.check_same_classes(self.name, given)
         self.scales = [1.0] * count if config.scales is None else list(config.scales)
         if len(self.scales) != count:
             raise kdx.PlanError(f"scales: found {len(self.scales)} of them for {count} teachers, expected one for each")
@@ -61,7 +47,7 @@ class EqualDivergences(kdx.Loss):
             raise kdx.ConfigError(f"scales: found {self.scales}, expected numbers above 0")
 
     def forward(self, student: Tensor, teacher: list[Tensor], temperature: Tensor) -> Tensor:
-        return divergences(student, teacher, [temperature * scale for scale in self.scales]).mean(1)
+        return kdx.soft_divergences(student, teacher, [temperature * scale for scale in self.scales]).mean(1)
 
 
 def least_norm_weights(gradients: Tensor, limit: float) -> Tensor:
@@ -153,7 +139,7 @@ class AgreeingDivergences(kdx.Loss):
 
     def __init__(self, config: Config, given: kdx.Given) -> None:
         super().__init__(config, given)
-        count = _count_teachers(self.name, given)
+        count = kdx.check_same_classes(self.name, given)
         if not 1 / count - 1e-6 <= config.limit <= 1:
             raise kdx.ConfigError(
                 f"limit: found {config.limit}, expected a weight from {1 / count:.3g} to 1, for {count} teachers"
@@ -162,18 +148,7 @@ class AgreeingDivergences(kdx.Loss):
     def forward(self, student: Tensor, teacher: list[Tensor], temperature: Tensor) -> Tensor:
         config = self.config
         weights = agreement_weights(student, teacher, temperature, config.limit, normalise=config.normalise)
-        return (divergences(student, teacher, [temperature] * len(teacher)) * weights).sum(1)
-
-
-def _count_teachers(who: str, given: kdx.Given) -> int:
-    kdx.check_classes(who, given, "student")
-    ours, theirs = given.shape("student"), given.shapes["teacher"]
-    if any(shape != ours for shape in theirs):
-        raise kdx.PlanError(
-            f"{who}: the student's logits are {list(ours)}, those of the teachers "
-            f"{', '.join(str(list(shape)) for shape in theirs)}; expected the same classes"
-        )
-    return len(theirs)
+        return (kdx.soft_divergences(student, teacher, temperature) * weights).sum(1)
 
 
 @kdx.hookimpl

@@ -23,21 +23,6 @@ HIDDEN = 128
 LEAST = 1e-6
 
 
-def divergences(student: Tensor, teachers: Sequence[Tensor], temperature: Tensor) -> Tensor:
-    """`tau^2 KL(softmax(teacher / tau) || softmax(student / tau))`, [B, M], from logits [B, K] of M teachers."""
-    tau = kdx.per_sample(temperature, student)
-    log_q = torch.log_softmax(student / tau, dim=1)
-    log_ps = [torch.log_softmax(teacher.detach() / tau, dim=1) for teacher in teachers]
-    values = [F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1) for log_p in log_ps]
-    return torch.stack(values, 1) * kdx.per_sample(temperature, student).square()
-
-
-def hint_distances(student: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor:
-    """The mean squared difference of M pairs of tensors [B, ...] of equal shape, [B, M]."""
-    pairs = zip(student, teachers, strict=True)
-    return torch.stack([(ours - theirs.detach()).square().flatten(1).mean(1) for ours, theirs in pairs], 1)
-
-
 class Memory(nn.Module):
     """The latest samples that a policy has met: a tensor [size, width] for each of `widths`, as buffers."""
 
@@ -172,7 +157,7 @@ class PolicyWeights(kdx.Target):
         super().__init__(config, given)
         _check_learning(config.lr, every=config.every, memory=config.memory, minibatch=config.minibatch)
         _check_warmup(config.warmup)
-        _check_same_classes(self.name, given)
+        kdx.check_same_classes(self.name, given, "logits")
         count, classes = len(given.shapes["logits"]), given.shape("student")[0]
         if count < 2:
             raise kdx.PlanError(
@@ -207,12 +192,12 @@ class PolicyWeights(kdx.Target):
     ) -> dict[str, Tensor]:
         is_training = self.training and torch.is_grad_enabled()
         with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
-            student = _precise(student)
+            student = kdx.precise(student)
             logits, embeddings, features, projected = (
-                [_precise(x) for x in group] for group in (logits, embeddings, features, projected)
+                [kdx.precise(x) for x in group] for group in (logits, embeddings, features, projected)
             )
-            gaps = divergences(student, logits, temperature)
-            hints = hint_distances(projected, features)
+            gaps = kdx.soft_divergences(student, logits, temperature)
+            hints = kdx.hint_distances(projected, features)
             errors = torch.stack([_cross_entropy(z, label) for z in logits], 1)
             pairs = zip(projected, embeddings, strict=True)
             cosines = torch.stack([F.cosine_similarity(r.flatten(2).mean(2), e, dim=1) for r, e in pairs], 1)
@@ -295,7 +280,7 @@ class Selection(kdx.Target):
         kdx.check_choice("reward", config.reward, REWARDS)
         _check_learning(config.lr, memory=config.memory, minibatch=config.minibatch)
         _check_warmup(config.warmup)
-        _check_same_classes(self.name, given)
+        kdx.check_same_classes(self.name, given, "logits")
         self.count = len(given.shapes["logits"])
         width = math.prod(given.shape("encoding")) + given.shape("student")[0] + 1
         self.policy = Selectors(self.count, width)
@@ -307,7 +292,8 @@ class Selection(kdx.Target):
     ) -> dict[str, Tensor]:
         is_training = self.training and torch.is_grad_enabled()
         with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
-            student, encoding, logits = _precise(student), _precise(encoding).flatten(1), [_precise(z) for z in logits]
+            student, encoding = kdx.precise(student), kdx.precise(encoding).flatten(1)
+            logits = [kdx.precise(z) for z in logits]
             own = [torch.cat([encoding, z.softmax(1), _cross_entropy(z, label).unsqueeze(1)], 1) for z in logits]
             states = torch.stack(own, 1)
             chances = self.policy(states.to(self.policy.weight.dtype)).sigmoid()
@@ -355,21 +341,6 @@ def reinforce(odds: Tensor, actions: Tensor, rewards: Tensor, is_known: Tensor) 
 def _cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
     """[B]; 0 for a sample without a label."""
     return F.cross_entropy(logits, label, reduction="none", ignore_index=-1)
-
-
-def _precise(x: Tensor) -> Tensor:
-    """At least float32."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _check_same_classes(who: str, given: kdx.Given) -> None:
-    kdx.check_classes(who, given, "student")
-    ours, theirs = given.shape("student"), given.shapes["logits"]
-    if any(shape != ours for shape in theirs):
-        raise kdx.PlanError(
-            f"{who}: the student's logits are {list(ours)}, those of the teachers {_listed(theirs)}; expected the same "
-            "classes"
-        )
 
 
 def _check_learning(lr: float, **counts: int) -> None:

@@ -4,26 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import kdx
-
-
-def divergences(student: Tensor, teachers: Sequence[Tensor], temperature: Tensor) -> Tensor:
-    """`tau^2 KL(softmax(teacher / tau) || softmax(student / tau))`, [B, M], from logits [B, K] of M teachers."""
-    tau = kdx.per_sample(temperature, student)
-    log_q = torch.log_softmax(student / tau, dim=1)
-    log_ps = [torch.log_softmax(teacher.detach() / tau, dim=1) for teacher in teachers]
-    values = [F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1) for log_p in log_ps]
-    return torch.stack(values, 1) * kdx.per_sample(temperature, student).square()
-
-
-def hint_distances(student: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor:
-    """The mean squared difference of M pairs of tensors [B, ...] of equal shape, [B, M]."""
-    pairs = zip(student, teachers, strict=True)
-    return torch.stack([(ours - theirs.detach()).square().flatten(1).mean(1) for ours, theirs in pairs], 1)
 
 
 class WeightedDivergences(kdx.Loss):
@@ -41,11 +24,11 @@ class WeightedDivergences(kdx.Loss):
 
     def __init__(self, config: WeightedDivergences.Config, given: kdx.Given) -> None:
         super().__init__(config, given)
-        _check_same_classes(self.name, given)
+        kdx.check_same_classes(self.name, given)
         _check_weights(self.name, given)
 
     def forward(self, student: Tensor, teacher: list[Tensor], weights: Tensor, temperature: Tensor) -> Tensor:
-        return (weights * divergences(student, teacher, temperature)).sum(1)
+        return (weights * kdx.soft_divergences(student, teacher, temperature)).sum(1)
 
 
 class WeightedHints(kdx.Loss):
@@ -65,17 +48,7 @@ class WeightedHints(kdx.Loss):
         _check_weights(self.name, given)
 
     def forward(self, student: list[Tensor], teacher: list[Tensor], weights: Tensor) -> Tensor:
-        return (weights * hint_distances(student, teacher)).sum(1)
-
-
-def _check_same_classes(who: str, given: kdx.Given) -> None:
-    kdx.check_classes(who, given, "student")
-    ours, theirs = given.shape("student"), given.shapes["teacher"]
-    if any(shape != ours for shape in theirs):
-        raise kdx.PlanError(
-            f"{who}: the student's logits are {list(ours)}, those of the teachers {_listed(theirs)}; expected the same "
-            "classes"
-        )
+        return (weights * kdx.hint_distances(student, teacher)).sum(1)
 
 
 def _check_pairs(who: str, given: kdx.Given) -> None:

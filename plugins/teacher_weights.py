@@ -58,7 +58,8 @@ class ConfidenceWeights(kdx.Target):
 
     def __init__(self, config: ConfidenceWeights.Config, given: kdx.Given) -> None:
         super().__init__(config, given)
-        _count_teachers(self.name, given, least=2)
+        if kdx.check_teachers(given) < 2:
+            raise kdx.PlanError("ca_mkd weighs teachers against each other, but it was given one; expected two or more")
 
     def forward(self, logits: list[Tensor], label: Tensor, temperature: Tensor) -> dict[str, Tensor]:
         logits = _precise(logits)
@@ -104,7 +105,7 @@ class AccuracyWeighted(kdx.Target):
     def __init__(self, config: Config, given: kdx.Given) -> None:
         super().__init__(config, given)
         kdx.check_choice("form", config.form, FORMS)
-        count = _count_teachers(self.name, given)
+        count = kdx.check_teachers(given)
         self.register_buffer("right", torch.zeros(count))
         self.register_buffer("seen", torch.zeros(()))
 
@@ -153,7 +154,7 @@ class LearnedMean(kdx.Target):
 
     def __init__(self, config: Config, given: kdx.Given) -> None:
         super().__init__(config, given)
-        count = _count_teachers(self.name, given)
+        count = kdx.check_teachers(given)
         if not 0 <= config.least < 1 / count:
             raise kdx.ConfigError(
                 f"least: found {config.least}, expected a share from 0 and below {1 / count:.3g}, for {count} teachers"
@@ -172,19 +173,9 @@ class LearnedMean(kdx.Target):
         }
 
 
-def _count_teachers(who: str, given: kdx.Given, least: int = 1) -> int:
-    shapes: list[kdx.Shape] = given.shapes["logits"]
-    if any(len(shape) != 1 or shape != shapes[0] for shape in shapes) or shapes[0][0] < 2:
-        found = ", ".join(str(list(shape)) for shape in shapes)
-        raise kdx.PlanError(f"logits: found {found} for one sample, expected [K] with the same K >= 2 for each teacher")
-    if len(shapes) < least:
-        raise kdx.PlanError(f"{who} weighs teachers against each other, but it was given one; expected two or more")
-    return len(shapes)
-
-
 def _precise(logits: Sequence[Tensor]) -> list[Tensor]:
     """Without gradient, and at least float32."""
-    return [z.detach().to(torch.promote_types(z.dtype, torch.float32)) for z in logits]
+    return [kdx.precise(z.detach()) for z in logits]
 
 
 def _check_learning(plan: kdx.Plan) -> None:

@@ -20,7 +20,7 @@ def doubt_of(logits: Tensor, by: str = "entropy") -> Tensor:
 
     By `entropy` it is `H / log K`, by `confidence` it is `(1 - max p) K / (K - 1)`.
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = kdx.precise(logits)
     log_p = torch.log_softmax(logits, dim=1)
     classes = logits.shape[1]
     if by == "confidence":
@@ -66,7 +66,7 @@ class EntropyTemperature(kdx.Target):
 
 def standardise(logits: Tensor) -> Tensor:
     """`(z - mean) / (std + 1e-7)` over the classes of logits [B, K, ...], with the std that divides by K - 1."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = kdx.precise(logits)
     centred = logits - logits.mean(1, keepdim=True)
     deviation: Tensor = torch.linalg.vector_norm(centred, dim=1, keepdim=True) / math.sqrt(logits.shape[1] - 1)
     return centred / (deviation + 1e-7)
@@ -156,7 +156,7 @@ class DynamicTemperature(kdx.Target):
             raise kdx.ConfigError(f"gamma: found {config.gamma}, expected a number above 0")
 
     def forward(self, student: Tensor, teacher: Tensor, base: Tensor, spread: Tensor, lowest: Tensor) -> Tensor:
-        student, teacher = (x.detach().to(torch.promote_types(x.dtype, torch.float32)) for x in (student, teacher))
+        student, teacher = (kdx.precise(x.detach()) for x in (student, teacher))
         found = confusion(student, teacher, self.config.confusion, self.config.gamma or 1.0)
         return dynamic_temperature(found, base, spread, lowest)
 

@@ -16,7 +16,6 @@ from kdx_plugins.teacher_agreement import (
     AgreeingDivergences,
     EqualDivergences,
     agreement_weights,
-    divergences,
     least_norm_weights,
 )
 from synthetic_teachers import answers, labels
@@ -100,7 +99,7 @@ def test_the_weights_have_their_golden_values(limit: float, expected: list[float
 
 def test_the_value_is_the_weighted_sum_of_the_divergences_and_its_gradient_leaves_the_weights_alone() -> None:
     loss = make(AgreeingDivergences)
-    gaps = divergences(STUDENT, TEACHERS, [FOUR] * 3)
+    gaps = kdx.soft_divergences(STUDENT, TEACHERS, [FOUR] * 3)
     torch.testing.assert_close(loss(STUDENT, TEACHERS, FOUR), 0.4 * gaps[:, 0] + 0.6 * gaps[:, 1])
     found = gradient(lambda student: loss(student, TEACHERS, FOUR).mean())
     parts = [gradient(lambda student, t=t: soft_targets(student, t, FOUR).mean()) for t in TEACHERS[:2]]

@@ -15,7 +15,6 @@ from kdx_plugins.teacher_policy import (
     Selection,
     WeightPolicy,
     confidence_weights,
-    divergences,
     learn,
     mixture_divergence,
     policy_loss,
@@ -82,7 +81,7 @@ def test_the_confidence_weights_have_their_golden_values() -> None:
     ]
     for found, row in zip(confidence_weights(errors).T.tolist(), expected, strict=True):
         assert found == pytest.approx(row, abs=1e-8)
-    assert divergences(STUDENT, TEACHERS, number(4.0)).mean().item() == pytest.approx(0.3704212887, abs=1e-9)
+    assert kdx.soft_divergences(STUDENT, TEACHERS, number(4.0)).mean().item() == pytest.approx(0.3704212887, abs=1e-9)
 
 
 def test_the_weights_are_the_mean_of_three_rules() -> None:
@@ -269,7 +268,7 @@ def test_the_divergence_from_a_mixture_is_that_from_its_distribution() -> None:
     p = (TEACHERS[0][0] / 4).softmax(0) / 2 + (TEACHERS[1][0] / 4).softmax(0) / 2
     assert found[0].item() == pytest.approx(16 * (p * (p.log() - (STUDENT[0] / 4).log_softmax(0))).sum().item())
     assert found[1] == 0
-    assert found[2].item() == pytest.approx(divergences(STUDENT, TEACHERS, number(4.0))[2, 1].item())
+    assert found[2].item() == pytest.approx(kdx.soft_divergences(STUDENT, TEACHERS, number(4.0))[2, 1].item())
 
 
 def test_samples_without_a_label_teach_a_policy_nothing() -> None:

@@ -9,7 +9,7 @@ import torch
 from golden_inputs import STUDENT, TEACHER, normal, number
 from kdx_plugins.ensemble import mix
 from kdx_plugins.logit import soft_targets
-from kdx_plugins.teacher_terms import WeightedDivergences, WeightedHints, divergences, hint_distances
+from kdx_plugins.teacher_terms import WeightedDivergences, WeightedHints
 
 import kdx
 from kdx.testing import check_loss
@@ -44,7 +44,7 @@ def test_the_confidence_weights_have_their_golden_value() -> None:
 def test_the_divergences_are_those_of_soft_targets() -> None:
     tau = torch.tensor([1.0, 4.0, 2.5], dtype=torch.float64)
     expected = torch.stack([soft_targets(STUDENT, teacher, tau) for teacher in TEACHERS], 1)
-    torch.testing.assert_close(divergences(STUDENT, TEACHERS, tau), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(kdx.soft_divergences(STUDENT, TEACHERS, tau), expected, rtol=0, atol=1e-12)
 
 
 def test_the_gradient_is_that_of_soft_targets_of_the_mixture() -> None:
@@ -78,7 +78,7 @@ def test_hints_are_the_weighted_mean_squares() -> None:
         for b in range(2)
     ]
     assert value.tolist() == pytest.approx(slow, abs=1e-12)
-    assert not hint_distances(ours, ours).any()
+    assert not kdx.hint_distances(ours, ours).any()
 
 
 @pytest.mark.parametrize(

@@ -110,9 +110,10 @@ def test_a_finished_search_does_nothing_and_a_longer_one_adds_trials() -> None:
     assert len({str(one.point) for one in longer}) == 3
 
 
-def test_a_trial_that_falls_behind_is_given_up() -> None:
+@pytest.mark.parametrize("pruner", ["median", "halving"])
+def test_a_trial_that_falls_behind_is_given_up(pruner: str) -> None:
     write_config(Path("base.yaml"), PLAIN, {"train": {"updates": 12, "monitor": "cross_entropy", "minimise": True}})
-    search, ground = begun(trials=6, space={"train.lr": [0.05, 1e-6]}, pruner="median", sampler="random")
+    search, ground = begun(trials=6, space={"train.lr": [0.05, 1e-6]}, pruner=pruner, sampler="random")
     trials = carried_out(search, ground)
     assert trials[0].state == "complete"
     states = {one.state for one in trials if one.point["train.lr"] == 1e-6}
