@@ -64,6 +64,13 @@ def _lay(below: Mapping[str, Any], above: Mapping[str, Any], *, unread: bool) ->
     return result
 
 
+def nested(key: str, value: Any) -> dict[str, Any]:
+    """A dotted key as nested mappings around a value."""
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return dict(value)
+
+
 def parse_override(text: str) -> Mapped:
     """`losses.kd.temperature=2` as a nested mapping; the value is YAML, so `losses.hint=null` removes a node."""
     key, equals, value = text.partition("=")

@@ -6,6 +6,7 @@ lies in its folder, so a unit may run anywhere that sees the folder of runs.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -70,11 +71,13 @@ def carry_out_study(
     for place, trial in enumerate(trials):
         try:
             prepared = prepare(trial.config, options)
+            done = not options.fresh and all(finished(one) for one, _ in family(prepared, options))
+            if done:
+                carry_out(prepared, options)  # writes what an earlier process did not come to
         except Exception as error:
             board.found(Finding(place, "", reason_of(error)))
             continue
-        if not options.fresh and all(finished(one) for one, _ in family(prepared, options)):
-            carry_out(prepared, options)  # writes what an earlier process did not come to
+        if done:
             board.found(Finding(place, str(prepared.folder)))
         else:
             ready[place] = prepared
@@ -173,11 +176,13 @@ def _parcels(ready: Mapping[int, Prepared], fan_out: bool, jobs: int) -> Iterato
         yield from ([place] for place in places)
         return
     found = groups([*ready.values()])
-    count = -(-jobs // max(1, len(found)))
-    for group in found:
-        size = -(-len(group) // count)
-        for first in range(0, len(group), size):
-            yield [places[number] for number in group[first : first + size]]
+    parts = [1] * len(found)
+    while sum(parts) < min(jobs, len(places)):
+        parts[max(range(len(found)), key=lambda one: len(found[one]) / parts[one])] += 1
+    for group, count in zip(found, parts, strict=True):
+        ends = [len(group) * part // count for part in range(count + 1)]
+        for first, last in itertools.pairwise(ends):
+            yield [places[number] for number in group[first:last]]
 
 
 def _carry_out_needs(ready: Sequence[Prepared], options: Options, execute: Executor) -> tuple[str, ...]:

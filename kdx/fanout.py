@@ -1,7 +1,8 @@
 """Runs that train side by side: one pass over the data and one pass of the teachers serve them all.
 
 Each run has its own learner, optimizer, random numbers and folder, and takes its turn of one update after the other, so
-its numbers are those that it has alone.
+its numbers are those that it has alone. (Shared teachers are called one by one; a run that alone makes one call of
+teachers that are alike agrees within rounding.)
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import psutil
 import torch
 
 from kdx.calls import ModelCall, Values, execute
+from kdx.devices import pick_device
 from kdx.feed import Feed
 from kdx.loop import Session
 from kdx.options import plain_options
@@ -51,6 +53,8 @@ class Shared(Feed):
         self._feed = self._feed or session.feed
         session.feed = self
         calls = [call for call in session.plan.teacher_calls if isinstance(call, ModelCall)]
+        if session.spec.runtime.teacher_batching == "always":
+            calls = []  # they are one call, which is the session's own
         names = {call.name for call in calls if self._take(session, call)}
         session.teachers.share(self.models, names)
 
@@ -151,7 +155,7 @@ def side_by_side(runs: Sequence[Prepared], options: Options, ended: ENDS) -> Non
     First come the runs that they need and their plain students, one after another. A run that fails is told of and
     does not stop the others. Raises `Stopped` when the runs were asked to stop; their state is saved.
     """
-    ready: list[tuple[int, Plan]] = []
+    ready: list[tuple[int, float]] = []
     for place, run in enumerate(runs):
         try:
             *needed, (own, how) = family(run, options)
@@ -159,12 +163,12 @@ def side_by_side(runs: Sequence[Prepared], options: Options, ended: ENDS) -> Non
                 if options.fresh or not finished(one):
                     check_run(one, way)
                 to_its_end(steps_of(one, way))
-            ready.append((place, check_run(own, how)))
+            ready.append((place, memory(check_run(own, how))))  # the plan itself would stay in memory
         except Stopped:
             raise
         except Exception as error:
             ended(place, error)
-    for chunk in _that_fit(ready):
+    for chunk in _that_fit(ready, pick_device(runs[0].spec.runtime.device)):
         _together(chunk, runs, options, ended)
 
 
@@ -184,7 +188,8 @@ def _together(places: Sequence[int], runs: Sequence[Prepared], options: Options,
 
     turns = {
         place: _Turn(steps_of(runs[place], replace(options, join=joining(place), quiet=True)), _random_state())
-        for place in places
+        # Each holds the lock of its folder: in one order, or two studies could wait for each other.
+        for place in sorted(places, key=lambda place: runs[place].folder.name)
     }
     stopped: Stopped | None = None
     try:
@@ -230,12 +235,11 @@ def _set_random_state(state: tuple[torch.Tensor, list[torch.Tensor]]) -> None:
         torch.cuda.set_rng_state_all(state[1])
 
 
-def _that_fit(ready: Sequence[tuple[int, Plan]]) -> Iterator[list[int]]:
-    """The runs in chunks, each of which fits into a share of the memory that is free now."""
+def _that_fit(ready: Sequence[tuple[int, float]], device: torch.device) -> Iterator[list[int]]:
+    """Runs with the memory that they need, in chunks, each of which fits into a share of what is free now."""
     chunk: list[int] = []
-    left = limit = SHARE * _free()
-    for place, plan in ready:
-        cost = memory(plan)
+    left = limit = SHARE * _free(device)
+    for place, cost in ready:
         if chunk and cost > left:
             yield chunk
             chunk, left = [], limit
@@ -257,7 +261,7 @@ def memory(plan: Plan) -> float:
     return float(copies * trained + kept + frozen)
 
 
-def _free() -> float:
-    if torch.cuda.is_available():
-        return float(torch.cuda.mem_get_info()[0])
+def _free(device: torch.device) -> float:
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
     return float(psutil.virtual_memory().available)

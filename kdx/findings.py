@@ -124,7 +124,8 @@ def _runs_of(folder: Path) -> list[Path]:
 
 
 def _basis(folder: Path, result: Result) -> Basis:
-    plain = None if result.plain is None else result.plain.folder
+    # The hash alone: studies of other names have the same plain student in another folder.
+    plain = None if result.plain is None or result.plain.folder is None else result.plain.folder.rpartition("-")[2]
     config = read_yaml(folder / "config.yaml")
     return basis(facts_of(result), config, seed=result.seed, teachers=[*result.teachers], plain=plain)
 

@@ -46,6 +46,8 @@ _SOURCE = re.compile(r"\(([^()]*\b(?:19|20)\d\d\b[^()]*)\)")
 """Authors, venue and year in a docstring."""
 _OWN = "A rule of kdx itself"
 _BOTH = ("student", "teacher")
+SHOWN = ("methods", "multi", "balance", "chains")
+"""The folders of configs that the page of methods leads to; the first one that has a method's name is its config."""
 TEACHERS = 2
 """How many a component for several teachers is tried with."""
 _OPTION = re.compile(r"[a-z_][a-z0-9_]*(?:, [a-z_][a-z0-9_]*)*: ")
@@ -89,7 +91,7 @@ def components_page(registry: Registry) -> str:
 def methods_page(registry: Registry, configs: Mapping[str, str], results: str = "") -> str:
     """One row for each loss and target of the shipped plugins, then the recipes, then `results` as Markdown.
 
-    `configs` maps the names of those that a config shows to the comment at its head.
+    `configs` maps the paths of configs, as `methods/kd`, to the comments at their heads.
     """
     lines = [_NOTE, "# Methods", "", _METHODS_INTRODUCTION, ""]
     entries = [
@@ -104,9 +106,10 @@ def methods_page(registry: Registry, configs: Mapping[str, str], results: str = 
         lines += ["| method | what | source | held by | reads | defaults | trains |", "|---|---|---|---|---|---|---|"]
         lines += ["| " + " | ".join(map(_cell, _method(entry, configs))) + " |" for entry in group]
         lines.append("")
-    recipes = sorted(set(configs) - {entry.component.name for entry in entries})
+    names = {entry.component.name for entry in entries}
+    recipes = sorted(path for path in configs if _stem(path) not in names)
     lines += ["## Recipes", "", _RECIPES, "", "| config | what |", "|---|---|"]
-    lines += [f"| [{name}](../configs/methods/{name}.yaml) | {_cell(configs[name])} |" for name in recipes]
+    lines += [f"| [{_stem(path)}](../configs/{path}.yaml) | {_cell(configs[path])} |" for path in recipes]
     lines.append("")
     return "\n".join(lines) + (f"\n{results}" if results else "")
 
@@ -114,11 +117,12 @@ def methods_page(registry: Registry, configs: Mapping[str, str], results: str = 
 def pages(docs: Path) -> dict[str, str]:
     """File name in the folder `docs` -> content.
 
-    Beside it lies `configs/methods` with one config for each method; `docs/results/methods.md` is what they found.
+    Beside it lies `configs`, whose folders `SHOWN` have a config for each method; `docs/results/methods.md` is what
+    they found.
     """
     registry = discover()
-    shown = {path.stem: _head(path) for path in (docs.parent / "configs" / "methods").glob("*.yaml")}
-    shown.pop("base", None)
+    files = [path for folder in SHOWN for path in (docs.parent / "configs" / folder).glob("*.yaml")]
+    shown = {f"{path.parent.name}/{path.stem}": _head(path) for path in files if path.stem != "base"}
     return {
         "config.md": config_page(),
         "components.md": components_page(registry),
@@ -166,16 +170,21 @@ def _head(path: Path) -> str:
     return " ".join(line.removeprefix("#").strip() for line in lines)
 
 
+def _stem(path: str) -> str:
+    return path.rpartition("/")[2]
+
+
 def _method(entry: Entry, configs: Collection[str]) -> tuple[str, ...]:
     """The cells of one method's row."""
     component: type[Node] = entry.component
     name = component.name
+    shown = next((path for path in configs if _stem(path) == name), None)
     title = inspect.cleandoc(component.__doc__ or "").partition("\n")[0]
     source = _SOURCE.search(component.__doc__ or "")
     knobs = [f"`{key}` {knob.default:g}" for key, knob in component.knobs.items()]
     options = [f"`{item.name}` {default_text(item) or 'empty'}" for item in fields(component.Config)]
     return (
-        f"[{name}](../configs/methods/{name}.yaml)" if name in configs else name,
+        f"[{name}](../configs/{shown}.yaml)" if shown else name,
         re.split(r" \(|[.:;](?: |$)", title)[0],
         " ".join(source[1].split()) if source else "kdx" if _OWN in (component.__doc__ or "") else "",
         component.confidence,

@@ -153,6 +153,7 @@ class Stopwatch:
     """Seconds spent in named phases; on a GPU by events, which do not make the host wait."""
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._cuda = device.type == "cuda"
         self._seconds: dict[str, float] = {}
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
@@ -162,9 +163,10 @@ class Stopwatch:
         """Add the time of the block to `name`."""
         if self._cuda:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            start.record()
+            stream = torch.cuda.current_stream(self._device)  # not that of the first GPU
+            start.record(stream)
             yield
-            end.record()
+            end.record(stream)
             self._events.append((name, start, end))
             return
         began = time.perf_counter()
@@ -178,7 +180,7 @@ class Stopwatch:
     def seconds(self) -> dict[str, float]:
         """The seconds by phase so far. Waits for the device."""
         if self._events:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self._device)
             for name, start, end in self._events:
                 self.add(name, start.elapsed_time(end) / 1000.0)
             self._events.clear()

@@ -49,7 +49,8 @@ class Seat:
 
     def use(self, network: nn.Module, batch: Batch, run: Callable[[Batch], T]) -> T:
         """What `run` gives for the batch on the device, the weights being there too."""
-        moved = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+        wait = self.device.type == "cpu"  # the host would read what a GPU has not written yet
+        moved = {name: value.to(self.device, non_blocking=not wait) for name, value in batch.items()}
         with self._present(network), self._autocast():
             return run(moved)
 

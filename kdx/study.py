@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kdx.comparable import Basis, Facts, basis, fact_differences, facts_of, marks
-from kdx.config import absolute_paths, load, overlay, parse_override, read_yaml
+from kdx.config import absolute_paths, load, nested, overlay, parse_override, read_yaml
 from kdx.errors import ConfigError, KdxError, did_you_mean
 from kdx.loop import length
 from kdx.options import read_options
@@ -222,7 +222,7 @@ def _from_grid(options: StudyOptions, path: Path) -> list[Variant]:
         choices = values["pick"] if picked else values
         if not isinstance(choices, list) or not choices:
             raise ConfigError(f"{path.name}: grid.{key}: found {values!r}, expected a list or {{pick: [...]}}")
-        axes.append([(f"{key}={choice}", _nested(key, {"use": choice} if picked else choice)) for choice in choices])
+        axes.append([(f"{key}={choice}", nested(key, {"use": choice} if picked else choice)) for choice in choices])
     if not axes:
         return []
     found = []
@@ -232,13 +232,6 @@ def _from_grid(options: StudyOptions, path: Path) -> list[Variant]:
             layer = overlay(layer, difference)
         found.append(Variant(", ".join(name for name, _ in point), _base(options, path), (layer,)))
     return found
-
-
-def _nested(key: str, value: Any) -> dict[str, Any]:
-    """A dotted key as nested mappings around a value."""
-    for part in reversed(key.split(".")):
-        value = {part: value}
-    return dict(value)
 
 
 def _base(options: StudyOptions, path: Path) -> Path:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from kdx.config import absolute_paths, load, overlay, parse_override, read_yaml
+from kdx.config import absolute_paths, load, nested, overlay, parse_override, read_yaml
 from kdx.errors import ConfigError, KdxError, did_you_mean
 from kdx.options import read_options
 from kdx.runs import Options, Prepared, check_run, family, finished, prepare
@@ -195,7 +195,7 @@ def prepare_trial(search: Search, ground: Ground, point: Point, seed: int, optio
 def layers_of(space: Space, point: Point) -> Iterator[dict[str, Any]]:
     """The differences from the base that a point is, one for each key."""
     for key, dimension in space.items():
-        yield _nested(key, dimension.values[point[key]] if isinstance(dimension, Choices) else point[key])
+        yield nested(key, dimension.values[point[key]] if isinstance(dimension, Choices) else point[key])
 
 
 def fragment(space: Space, point: Point) -> dict[str, Any]:
@@ -271,9 +271,9 @@ def _is(value: Any, choice: Any) -> bool:
 
 
 def _choices(where: str, key: str, values: list[Any], labels: list[Any], folder: Path) -> Choices:
-    if len(values) < 2 or len({*map(str, labels)}) < len(labels):
+    if len(values) < 2 or min(len({*map(str, labels)}), len({*labels})) < len(labels):  # 1 and true are one key
         raise ConfigError(f"{where}: found {values!r}, expected two or more different choices")
-    made = [_at(absolute_paths(_nested(key, value), folder), key) for value in values]
+    made = [_at(absolute_paths(nested(key, value), folder), key) for value in values]
     return Choices(dict(zip(labels, made, strict=True)))
 
 
@@ -283,12 +283,6 @@ def _label(value: Any) -> Value:
 
 def _number(value: Any) -> Any:
     return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-
-def _nested(key: str, value: Any) -> dict[str, Any]:
-    for part in reversed(key.split(".")):
-        value = {part: value}
-    return dict(value)
 
 
 def _at(config: Any, key: str) -> Any:

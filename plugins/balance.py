@@ -30,7 +30,7 @@ class UncertaintyWeighting(kdx.Updater):
 
     The student follows `sum_i exp(-s_i) L_i + s_i`; the `s_i`, 0 at first, are trained with it, by the optimizer and
     the learning rate of the run. This is the formula for regressions, times two; the classifications of the paper have
-    `s_i / 2`. Losses must be positive: the weight of one that stays below 0 grows without end.
+    `s_i / 2`. Losses must be positive: the weight of one that stays at 0 or below grows without end.
     """
 
     name = "uncertainty_weighting"

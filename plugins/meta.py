@@ -55,8 +55,8 @@ class MetaTemperatures(kdx.Target):
     """The two temperatures of `mkd`, `student` and `teacher`, 0-d (Liu et al.: Meta knowledge distillation, 2022).
 
     They are the exponentials of two weights that the updater `look_ahead` learns, and start at `start`. Their learning
-    rate is that of the student times `lr_scale`. With any other updater they would only make the loss small, which is
-    refused.
+    rate is that of the student times `lr_scale`; a small one is published. With any other updater they would only make
+    the loss small, which is refused. Published: judged on validation batches; here on a part of each training batch.
     """
 
     name = "meta_temperatures"

@@ -253,6 +253,7 @@ def test_options_of_any_data_set_work_on_pairs(pairs: Path) -> None:
         ("0.png,../pictures/0.png,cat,train", r"row 7: .*0\.png: cannot be read as sound"),
         ("4.png,,dog,train", r"row 6: 4\.png is in test, and in train in row 7; a file belongs to one split"),
         (",4.wav,dog,train", r"row 6: 4\.wav is in test, and in train in row 7"),
+        ("../pictures/4.png,,dog,train", r"row 6: 4\.png is in test, and in train in row 7"),
         ("0.png,,dog,train", r"row 7: 0\.png has the label 'dog', and 'cat' in row 2"),
         ("3.png,,bird,test", r"row 7: found the label 'bird', which no training row has; .*cat, dog"),
         ("3.png,,cat,tset", r"row 7: found the split 'tset'; did you mean 'test'"),

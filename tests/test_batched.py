@@ -20,6 +20,7 @@ from torch import nn
 from kdx.batched import Choice, Together, alike, choose
 from kdx.calls import ModelCall, Values
 from kdx.errors import ConfigError, PlanError
+from kdx.fanout import Shared
 from kdx.loop import Session, batch_teachers
 from kdx.resume import restore, training_state
 from kdx.runs import carry_out, check_run
@@ -225,3 +226,14 @@ def test_other_words_are_refused() -> None:
 
 def test_the_way_of_calling_does_not_count_for_the_hash() -> None:
     assert prepared(THREE, ALWAYS).hash == prepared(THREE).hash
+
+
+def test_what_is_asked_for_always_is_done_side_by_side_as_well() -> None:
+    shared = Shared()
+    sessions = [session_of(THREE, ALWAYS), session_of(THREE, ALWAYS)]
+    for session in sessions:
+        shared.join(session)
+        batch_teachers(session, None)
+        assert session.teachers.batched == [["one", "two", "three"]]
+    one, other = (session.teachers(session.feed.at(0), session.knobs.at(session.clock)) for session in sessions)
+    assert all(torch.equal(value, other[key]) for key, value in one.items())

@@ -110,3 +110,24 @@ def test_a_config_of_a_method_uses_what_it_is_named_after(path: Path) -> None:
 def test_a_config_of_a_method_begins_with_its_source(path: Path) -> None:
     comment = "".join(re.findall(r"\A(?:#.*\n)+", path.read_text(encoding="utf-8")))
     assert SOURCE.search(comment), f"{path.name} begins with {comment!r}, expected (Authors, year) there"
+
+
+def test_each_component_for_several_teachers_has_a_config() -> None:
+    page = (CONFIGS.parent / "docs" / "teachers.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\|.*\|(.*)\|$", page, flags=re.MULTILINE)
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    used = set()
+    for path in (CONFIGS / "multi").glob("*.yaml"):
+        config = load(path)
+        used |= {node.get("use") for node in [*config.get("targets", {}).values(), *config["losses"].values()]}
+    assert named
+    assert named <= used, f"no config uses {', '.join(sorted(named - used))}"
+
+
+def test_teachers_of_some_classes_have_not_seen_what_validates_the_student() -> None:
+    found = prepare(load(CONFIGS / "multi" / "class_subset.yaml"), Options(quiet=True), registry=registry())
+    assert found.splits.val is not None
+    held_out = {*found.splits.val.positions.tolist()}
+    assert set(found.needs) == {"first", "second"}
+    for name, teacher in found.needs.items():
+        assert not held_out & {*teacher.splits.train.positions.tolist()}, name

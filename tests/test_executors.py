@@ -16,12 +16,12 @@ import filelock
 import pytest
 import torch
 import yaml
-from small_run import CASCADE, PLAIN, lines_of, quiet, weights_of, write_config
+from small_run import CASCADE, DISTIL, PLAIN, lines_of, prepared, quiet, weights_of, write_config
 
 from kdx.checkpoint import load_state
 from kdx.cli import STOPPED, main
 from kdx.errors import ConfigError
-from kdx.executors import Finding, Unit, carry_out_study
+from kdx.executors import Finding, Unit, _parcels, carry_out_study
 from kdx.processes import Processes, shares
 from kdx.runs import Stopped
 from kdx.study import Outcome, Trial, plan_study, read_study
@@ -98,6 +98,15 @@ def test_side_by_side_and_one_by_one_find_the_same() -> None:
     assert [one.result and one.result.best for one in outcomes] == [one.result and one.result.best for one in alone]
     assert told == [1, 2, 3, 4, 5, 6]
     same_students("together", "alone", outcomes)
+
+
+def test_there_are_as_many_units_as_jobs_whatever_the_sizes_of_the_groups() -> None:
+    layers = [{"losses": {"kd": {"temperature": degrees}}} for degrees in (1, 2, 3, 4, 5)]
+    ready = dict(enumerate(prepared(DISTIL, layer) for layer in [*layers, {"train": {"batch": 6}}]))
+    for jobs, expected in ((1, [1, 5]), (3, [1, 2, 3]), (5, [1, 1, 1, 1, 2]), (9, [1] * 6)):
+        found = [*_parcels(ready, True, jobs)]
+        assert sorted(map(len, found)) == expected
+        assert sorted(place for parcel in found for place in parcel) == [*ready]
 
 
 def test_what_is_finished_is_not_trained_again_and_what_is_new_is() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ from small_run import PLAIN, run_in
 
 from kdx.errors import CheckpointError, ConfigError
 from kdx.findings import of_folders, read_findings, write_findings
+from kdx.result import Row, read_result, write_result
 
 
 def test_findings_are_read_as_they_were_written_also_after_a_move(tmp_path: Path) -> None:
@@ -48,6 +50,16 @@ def test_runs_that_differ_in_more_than_their_method_are_marked(tmp_path: Path) -
     assert findings.reference == "one"
     assert findings.marks == {"two": ("train.lr (0.1 against 0.05)",)}
     assert [outcome.variant for outcome in findings.outcomes] == ["one", "one", "two", "two", "three"]
+
+
+def test_a_plain_student_in_a_folder_of_another_name_is_the_same_one(tmp_path: Path) -> None:
+    layer = {"losses": {"ce": {"label_smoothing": 0.1}}}
+    runs = [run_in(tmp_path, PLAIN, {"name": "one"}).folder, run_in(tmp_path, PLAIN, {"name": "two"}, layer).folder]
+    for folder, name in zip(runs, ("one", "two"), strict=True):
+        result = read_result(folder)
+        plain = Row(f"{name}_plain-0123456789ab", None, None, {}, {}, None, None)
+        write_result(folder, dataclasses.replace(result, plain=plain))
+    assert of_folders(runs).marks == {}
 
 
 def test_runs_with_another_budget_are_refused_with_the_reason(tmp_path: Path) -> None:

@@ -2,15 +2,43 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
-from small_run import DISTIL, STATEFUL, session_of
+from small_run import DISTIL, PLUGIN, STATEFUL, config_of, quiet, session_of
 from torch import Tensor
 
 import kdx
+from kdx.config import load_mapping
 from kdx.functional import Present
-from kdx.loop import Session, step
+from kdx.loop import Session, make_session, step
+from kdx.runs import build_plan, prepare
+from kdx.runtime import Runtime
 from kdx.types import Batch, Losses
+
+DRAWING = '''
+"""A target that counts its calls and draws."""
+import torch
+import kdx
+
+class Drawing(kdx.Target):
+    name = "drawing"
+    inputs = {"logits": "teacher.logits"}
+    outputs = ("logits",)
+
+    def __init__(self, config, given):
+        super().__init__(config, given)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, logits):
+        self.calls += 1
+        return {"logits": logits + torch.rand(logits.shape, generator=self.given.generator)}
+
+@kdx.hookimpl
+def kdx_targets():
+    return [Drawing]
+'''
 
 
 def present(session: Session) -> tuple[Present, Losses]:
@@ -73,6 +101,22 @@ def test_it_leaves_no_trace_even_where_nodes_remember_and_draw() -> None:
     after = state_of(session)
     assert all(torch.equal(before[name], value) for name, value in after.items())
     losses.total.backward()  # type: ignore[no-untyped-call]
+
+
+def test_the_teacher_side_is_left_as_it_was_too(tmp_path: Path) -> None:
+    plugin = tmp_path / "drawing.py"
+    plugin.write_text(DRAWING)
+    drawn = {"targets": {"drawn": {"use": "drawing"}}, "losses": {"kd": {"inputs": {"teacher": "drawn.logits"}}}}
+    config = config_of(DISTIL, {"plugins": [str(PLUGIN), str(plugin)], **drawn})
+    found = prepare(load_mapping(config), quiet())
+    plan = build_plan(found, quiet(), trained=True)
+    session = make_session(found.spec, plan, found.dataset, found.splits, Runtime(found.spec.runtime))
+    here, _ = present(session)
+    node = session.teachers.nodes["targets/drawn"]
+    before = node.given.generator.get_state()
+    here.losses({}, part_of(here.batch, 4))
+    assert node.calls == 1
+    assert torch.equal(node.given.generator.get_state(), before)
 
 
 def test_a_weight_that_is_not_there_is_refused() -> None:

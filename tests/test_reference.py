@@ -10,7 +10,7 @@ import pytest
 from kdx.plugins import Registry, discover
 from kdx.reference import components_page, config_page, main, methods_page
 
-CONFIGS = {"kd": "Soft targets.", "patient": "Many epochs of `kd`."}
+CONFIGS = {"methods/kd": "Soft targets.", "multi/patient": "Many epochs of `kd`."}
 STRANGER = Path(__file__).parent / "stranger_plugin.py"
 
 
@@ -62,7 +62,7 @@ def test_a_method_has_its_source_inputs_defaults_and_config() -> None:
 
 
 def test_a_config_of_no_component_is_a_recipe() -> None:
-    assert rows()["[patient](../configs/methods/patient.yaml)"] == ["Many epochs of `kd`."]
+    assert rows()["[patient](../configs/multi/patient.yaml)"] == ["Many epochs of `kd`."]
 
 
 def test_results_stand_at_the_end_of_the_methods() -> None:

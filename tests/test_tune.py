@@ -60,6 +60,7 @@ def test_a_space_has_ranges_and_choices() -> None:
         ({"train.lr": {"low": 1, "high": 2, "lg": True}}, "space.train.lr.lg: unknown option; did you mean 'log'"),
         ({"train.lr": [0.1]}, "expected two or more different choices"),
         ({"train.lr": [0.1, 0.1]}, "expected two or more different choices"),
+        ({"losses.kd.weight": [1, True]}, "expected two or more different choices"),
         ({"train.lr": 3}, "expected {low: 1, high: 8}, a list of choices"),
         ({"seed": [0, 1]}, "space.seed: seed is the same in all trials of a search"),
         ({"train": [{"lr": 1}, {"lr": 2}]}, "train.monitor is the same in all trials"),

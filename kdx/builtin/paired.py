@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import difflib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -100,7 +101,7 @@ class Paired(AudioDataset):
     def splits(self) -> dict[str, RowSplit]:
         rows = {split: [self._row(*entry) for entry in entries] for split, entries in self._entries.items()}
         for column in MODALITIES:
-            _check_apart(self._index, column, self._entries)
+            _check_apart(self._index, column, self._entries, self._roots[column])
         picture = reader = None
         if "image" in self._columns:
             files = [row.image for row in rows["train"] if row.image is not None]
@@ -191,15 +192,19 @@ def _check_modalities(
                 raise DataError(f"{index} rows {rows[0][0]} to {rows[-1][0]}: no row of {split} has {column}{hint}")
 
 
-def _check_apart(index: Path, column: str, entries: Mapping[str, list[tuple[int, Entry]]]) -> None:
-    """A file in two splits would be trained on and tested with; two labels of one file cannot both be right."""
+def _check_apart(index: Path, column: str, entries: Mapping[str, list[tuple[int, Entry]]], root: Path) -> None:
+    """A file in two splits would be trained on and tested with; two labels of one file cannot both be right.
+
+    Paths below `root` that are written in different ways are one file.
+    """
     seen: dict[str, tuple[int, str, str]] = {}
     for split, rows in entries.items():
         for number, entry in rows:
             if not entry.get(column):
                 continue
             label = entry.get("label", "")
-            first, known_split, known_label = seen.setdefault(entry[column], (number, split, label))
+            file = os.path.normpath(root / entry[column])
+            first, known_split, known_label = seen.setdefault(file, (number, split, label))
             if known_split != split:
                 raise DataError(
                     f"{index} row {number}: {entry[column]} is in {split}, and in {known_split} in row {first}; "
