@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +59,14 @@ def kdx_losses():
 
 
 @pytest.fixture(autouse=True)
-def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """One thread, as workers have: with another number sums are rounded otherwise."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     monkeypatch.chdir(tmp_path)
     write_config(Path("base.yaml"), CASCADE)
+    yield
+    torch.set_num_threads(threads)
 
 
 def trials(out: str, variants: dict[str, Any] = VARIANTS, seeds: Sequence[int] = (0,)) -> list[Trial]:
