@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import itertools
+import operator
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -96,7 +98,7 @@ class WaveNet(PooledNet):
         super().__init__(channels[-1], classes)
         pairs = zip([1, *channels], channels, strides, strict=False)
         self.stages = nn.ModuleList(_stage(before, after, kernel, stride) for before, after, stride in pairs)
-        reductions = torch.tensor(strides).cumprod(0).tolist()
+        reductions = list(itertools.accumulate(strides, operator.mul))
         self.feature_info = [
             {"num_chs": after, "reduction": reduction, "module": f"stages.{i}"}
             for i, (after, reduction) in enumerate(zip(channels, reductions, strict=True))
