@@ -76,6 +76,7 @@ class Engine(ABC):
     def parameters(self) -> Iterator[nn.Parameter]:
         """All that is trained, the updater's own parameters last."""
 
+    @abstractmethod
     def gradients(
         self, value: Tensor, weights: Sequence[Tensor] | None = None, *, retain: bool = True
     ) -> list[Tensor | None]:
@@ -85,24 +86,24 @@ class Engine(ABC):
         graph stays for further gradients. In fp16 they may be infinite; the coming `update` is then skipped if these
         gradients are added.
         """
-        raise NotImplementedError(f"{type(self).__name__} gives no gradients of its parts")
 
+    @abstractmethod
     def add(self, gradients: Sequence[Tensor | None]) -> None:
         """Add gradients in true scale, one for each of `parameters`, to those that the next `update` takes."""
-        raise NotImplementedError(f"{type(self).__name__} takes no gradients")
 
     @property
+    @abstractmethod
     def batch(self) -> Batch:
         """The micro-batch that the losses at hand are of."""
-        raise NotImplementedError(f"{type(self).__name__} does not know the batch")
 
+    @abstractmethod
     def weights(self, owner: str | None = None) -> dict[str, nn.Parameter]:
         """All that the learner trains, or what is trained of a part of the config, by name.
 
         A part is a node such as `targets.tau`, a model such as `student`, or a sub-module of one, as `student.layer4`.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not know the names of weights")
 
+    @abstractmethod
     def losses(self, weights: Mapping[str, Tensor], batch: Batch | None = None) -> Losses:
         """What the learner gives with other values of some of its weights, on the present micro-batch or on another.
 
@@ -110,4 +111,3 @@ class Engine(ABC):
         changes: batch statistics, memories and random numbers are afterwards as they were. The teachers run for
         another batch as for their own.
         """
-        raise NotImplementedError(f"{type(self).__name__} cannot evaluate the learner")

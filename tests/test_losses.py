@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from kdx.builtin.losses import CrossEntropy, cross_entropy
 from kdx.builtin.updaters import Plain
 from kdx.components import Given
 from kdx.errors import ConfigError
+from kdx.runtime import Runtime
+from kdx.sections import RuntimeOptions
 from kdx.testing import check_loss
 from kdx.types import Losses
-from kdx.updater import Engine
 
 LOGITS = torch.tensor(
     [[2.0, 1.0, 0.0, -1.0], [0.0, 0.5, -0.5, 1.0], [1.0, -1.0, 2.0, 0.0]], dtype=torch.float64
@@ -58,22 +58,14 @@ def test_smoothing_out_of_range_is_refused_by_name(smoothing: float) -> None:
         CrossEntropy(CrossEntropy.Config(label_smoothing=smoothing), Given())
 
 
-class Bench(Engine):
-    """The smallest engine there can be: one weight and plain SGD."""
+class Bench(Runtime):
+    """The engine of a run, with one weight and plain SGD."""
 
     def __init__(self) -> None:
-        self.weight = nn.Parameter(torch.tensor(2.0))
-        self.optimizer = torch.optim.SGD([self.weight], lr=0.1)
-
-    def backward(self, value: Tensor) -> None:
-        value.backward()  # type: ignore[no-untyped-call]
-
-    def update(self) -> None:
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        yield self.weight
+        super().__init__(RuntimeOptions(device="cpu", precision="fp32"))
+        learner = nn.ParameterDict({"weight": nn.Parameter(torch.tensor(2.0))})
+        self.weight = learner["weight"]
+        self.prepare(learner, torch.optim.SGD([self.weight], lr=0.1), None)
 
 
 def test_two_micro_batches_of_the_plain_updater_equal_one_whole_batch() -> None:
