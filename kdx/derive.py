@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from kdx.cache_options import STORED
 from kdx.config import load_mapping
 from kdx.data import Splits
 from kdx.errors import ConfigError
@@ -43,7 +44,8 @@ def _expand(model: dict[str, Any], where: str) -> dict[str, Any]:
         stored = {key: value for key, value in stored.items() if key not in ("run", "taps", "checkpoint")}
         return {**stored, "checkpoint": str(folder / STUDENT), **rest}
     if model.get("run") is None:
-        return model
+        alone = "use" not in model and model.get("cache") not in (None, False, True)
+        return {"use": STORED, **model} if alone else model
     if not isinstance(model["run"], dict):
         raise ConfigError(f"{where}.run: found {model['run']!r}, expected the path of a config")
     try:
@@ -73,7 +75,8 @@ def plain_config(spec: RunSpec, models: list[str], splits: Splits) -> dict[str, 
     Losses that need a teacher go, with the nodes that only they need. A single loss that is left has the weight 1, for
     its weight or schedule balanced it against the teachers; several keep theirs. An updater that needs
     teachers goes, too. Samples without a label are dropped, for nothing could be learnt from them, and an epoch keeps
-    its number of updates: both students have the same budget.
+    its number of updates: both students have the same budget. Its name is `plain` in every config, so that configs
+    which differ in their teachers and losses alone find the same folder.
     """
     if not any(name != "student" for name in models) or not any(label >= 0 for label in splits.facts.labels):
         return None
@@ -87,7 +90,7 @@ def plain_config(spec: RunSpec, models: list[str], splits: Splits) -> dict[str, 
     config = {key: value for key, value in spec.config.items() if key not in own}
     config["losses"] = losses
     config["align"] = {name: value for name, value in (spec.config.get("align") or {}).items() if name not in needy}
-    config["name"] = f"{spec.root.name}_plain"
+    config["name"] = "plain"
     config["baseline"] = False
     config["data"] = {**config.get("data", {}), "unlabelled": "drop"}
     config["train"] = {**config["train"], "steps_per_epoch": length(spec, len(splits.train))[0]}
@@ -124,7 +127,7 @@ def with_networks(config: Mapping[str, Any], networks: Mapping[str, nn.Module]) 
     teachers = dict(config.get("teachers") or {})
     for name, net in networks.items():
         section = config.get("student") if name == "student" else teachers.get(name)
-        kept = {key: value for key, value in (section or {}).items() if key in ("input", "taps", "trainable")}
+        kept = {key: value for key, value in (section or {}).items() if key in ("input", "taps", "trainable", "cache")}
         section = {"use": "module", "digest": network_digest(net), **kept}
         if name == "student":
             config["student"] = section

@@ -1,4 +1,4 @@
-"""Losses on the logits of several teachers at once: all of them alike, or as their gradients agree."""
+"""Losses on several teachers at once: all of them alike, or as their gradients agree."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import kdx
 
@@ -96,12 +96,20 @@ def agreement_weights(
         tau = kdx.per_sample(temperature, student)
         ours = (student / tau).softmax(1)
         found = torch.stack([(tau * (ours - (z / tau).softmax(1))).mean(0) for z in teachers])
-        found = found if found.device.type == "mps" else found.double()  # which has no float64
-        if not normalise:
-            return least_norm_weights(found, limit).to(student.dtype)
-        norms: Tensor = torch.linalg.vector_norm(found, dim=1).clamp(min=1e-12)
-        weights = least_norm_weights(found / norms.unsqueeze(1), limit) / norms
-        return (weights / weights.sum()).to(student.dtype)
+        return bounded_weights(found, limit, normalise=normalise)
+
+
+def bounded_weights(gradients: Tensor, limit: float, *, normalise: bool) -> Tensor:
+    """`least_norm_weights` of gradients [M, D] in float64 where there is one, and in their own precision again.
+
+    With `normalise`, of gradients of length 1; the weights are then divided by the lengths and scaled to sum 1.
+    """
+    found = gradients if gradients.device.type == "mps" else gradients.double()
+    if not normalise:
+        return least_norm_weights(found, limit).to(gradients.dtype)
+    norms: Tensor = torch.linalg.vector_norm(found, dim=1).clamp(min=1e-12)
+    weights = least_norm_weights(found / norms.unsqueeze(1), limit) / norms
+    return (weights / weights.sum()).to(gradients.dtype)
 
 
 class AgreeingDivergences(kdx.Loss):
@@ -122,7 +130,8 @@ class AgreeingDivergences(kdx.Loss):
         scaled to sum 1, after which one may exceed `limit`.
 
     The authors find the weights with a support-vector solver; here they are solved for on the device, to rounding.
-    With `accumulate`, each micro-batch has its own weights, and so has each process. Left out: the same for features.
+    With `accumulate`, each micro-batch has its own weights, and so has each process. The same for features is
+    `ae_kd_hints`.
     """
 
     name = "ae_kd"
@@ -139,11 +148,7 @@ class AgreeingDivergences(kdx.Loss):
 
     def __init__(self, config: Config, given: kdx.Given) -> None:
         super().__init__(config, given)
-        count = kdx.check_same_classes(self.name, given)
-        if not 1 / count - 1e-6 <= config.limit <= 1:
-            raise kdx.ConfigError(
-                f"limit: found {config.limit}, expected a weight from {1 / count:.3g} to 1, for {count} teachers"
-            )
+        _check_limit(config.limit, kdx.check_same_classes(self.name, given))
 
     def forward(self, student: Tensor, teacher: list[Tensor], temperature: Tensor) -> Tensor:
         config = self.config
@@ -151,6 +156,67 @@ class AgreeingDivergences(kdx.Loss):
         return (kdx.soft_divergences(student, teacher, temperature) * weights).sum(1)
 
 
+class AgreeingHints(kdx.Loss):
+    """Hints of several teachers, weighted so that their gradients agree (Du et al.: AE-KD, NeurIPS 2020), [B].
+
+        sum_k a_k MSE(r_k(F_s), F_k),  a = argmin |sum_k a_k g_k|  with  sum a = 1,  0 <= a_k <= limit
+
+    As `ae_kd`, for the last maps [B, C, H, W]: `r_k` is a 1x1 convolution and batch norm for each of M teachers, the
+    squares are averaged over all elements of a sample, and `g_k` is the gradient of their mean over the batch at the
+    student's map. The larger of two maps is average-pooled to the smaller one. The weights are constants for the
+    gradient. 0 where each regressed map is its teacher's.
+
+    limit, normalise: as in `ae_kd`. Where no gradient is asked for, as in a validation, the weights are equal.
+
+    The description leaves the form of the hint open; this is that of `fitnet_mkd`. Each update goes backward through
+    the M regressors once more.
+    """
+
+    name = "ae_kd_hints"
+    confidence = "paper"
+    inputs = {"student": "student.depth_100", "teacher": kdx.Many("*.depth_100")}
+
+    @dataclass(frozen=True)
+    class Config:
+        limit: float = 0.6
+        normalise: bool = False
+
+    config: Config
+
+    def __init__(self, config: Config, given: kdx.Given) -> None:
+        super().__init__(config, given)
+        ours, theirs = given.shape("student"), given.shapes["teacher"]
+        if any(len(shape) != 3 for shape in (ours, *theirs)):
+            found = ", ".join(str(list(shape)) for shape in (ours, *theirs))
+            raise kdx.PlanError(f"{self.name} regresses maps [C, H, W], but was given {found}; tap a stage, as in "
+                                "student.depth_50, which is a map also for transformers")  # fmt: skip
+        _check_limit(config.limit, len(theirs))
+        self.regressors = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(ours[0], shape[0], 1, bias=False), nn.BatchNorm2d(shape[0])) for shape in theirs
+        )
+
+    def forward(self, student: Tensor, teacher: list[Tensor]) -> Tensor:
+        pairs = [kdx.pool_to_smaller(student, maps.detach()) for maps in teacher]
+        regressed = [layer(ours) for layer, (ours, _) in zip(self.regressors, pairs, strict=True)]
+        met = [kdx.pool_to_smaller(ours, maps.detach()) for ours, maps in zip(regressed, teacher, strict=True)]
+        gaps = torch.stack([(ours - theirs).square().flatten(1).mean(1) for ours, theirs in met], 1)
+        return (gaps * self._weights(gaps, student)).sum(1)
+
+    def _weights(self, gaps: Tensor, student: Tensor) -> Tensor:
+        if not (gaps.requires_grad and student.requires_grad):
+            return torch.full_like(gaps[0], 1 / gaps.shape[1])
+        means = gaps.mean(0).unbind()
+        slopes = [torch.autograd.grad(mean, student, retain_graph=True)[0].flatten() for mean in means]
+        return bounded_weights(torch.stack(slopes), self.config.limit, normalise=self.config.normalise)
+
+
+def _check_limit(limit: float, count: int) -> None:
+    if not 1 / count - 1e-6 <= limit <= 1:
+        raise kdx.ConfigError(
+            f"limit: found {limit}, expected a weight from {1 / count:.3g} to 1, for {count} teachers"
+        )
+
+
 @kdx.hookimpl
 def kdx_losses() -> list[type[kdx.Loss]]:
-    return [EqualDivergences, AgreeingDivergences]
+    return [EqualDivergences, AgreeingDivergences, AgreeingHints]

@@ -86,6 +86,29 @@ def confidence_weights(errors: Tensor) -> Tensor:
     return (1 - errors.softmax(1)) / (errors.shape[1] - 1)
 
 
+class Mixture(nn.Module):
+    """States [B, S] -> the logarithms of the weights that a policy and two rules give together, [B, 2, M].
+
+    `widths` are the columns of each teacher in a state, `[cos, KL, CE, ...]`. The rules are `confidence_weights` and
+    the softmax over the teachers of KL, for features of cos. The factors of the three are the softmax of `odds`.
+    """
+
+    starts: Tensor
+
+    def __init__(self, policy: WeightPolicy, widths: Sequence[int]) -> None:
+        super().__init__()
+        self.policy = policy
+        self.odds = nn.Parameter(torch.zeros(2, 3), requires_grad=False)
+        ends = torch.tensor(widths).cumsum(0)
+        self.register_buffer("starts", torch.cat([ends.new_zeros(1), ends[:-1]]), persistent=False)
+
+    def forward(self, states: Tensor) -> Tensor:
+        cosines, gaps, errors = (states[:, self.starts + k] for k in range(3))
+        own = torch.stack([gaps.softmax(1), cosines.softmax(1)], 1)
+        rules = torch.stack([self.policy(states).exp(), confidence_weights(errors).unsqueeze(1).expand_as(own), own], 1)
+        return torch.einsum("ht,bthm->bhm", self.odds.softmax(1), rules).log()
+
+
 def standardised_rewards(losses: Tensor, is_known: Tensor) -> Tensor:
     """Minus the losses [B], standardised over the samples that are known and clamped to 0..1; 0 for the others."""
     count = is_known.sum().clamp(min=1)
@@ -120,12 +143,14 @@ class PolicyWeights(kdx.Target):
     updates, and at the end of each epoch, the policy takes a step for each `minibatch` of the samples met since, on
     `-R log w` averaged over samples and teachers, the sum of both heads, with plain gradient descent.
 
+    dynamic: whether the factors of the mean are learnt, three for logits and three for features; the objective is then
+        that of the mean in place of the policy's own answer.
     warmup: epochs in which all weights are 1, as published for the first. memory: how many of the latest samples are
     kept for the policy; the authors' code keeps all. lr: of the policy.
 
     A sample without a label has a cross-entropy of 0, and so equal weights for that part; the policy does not learn
-    from it. `temperature` and `feature_weight` must be those of the losses. Left out: learned factors instead of the
-    mean.
+    from it. `temperature` and `feature_weight` must be those of the losses. Left out: divergences of channels in place
+    of the squares.
     """
 
     name = "mtkd_rl"
@@ -149,6 +174,7 @@ class PolicyWeights(kdx.Target):
         memory: int = 8192
         minibatch: int = 64
         warmup: int = 1
+        dynamic: bool = False
 
     config: Config
     is_started: Tensor
@@ -174,9 +200,9 @@ class PolicyWeights(kdx.Target):
             maps, vectors = _listed(given.shapes["features"]), _listed(embeddings)
             raise kdx.PlanError(f"mtkd_rl compares averaged maps with embeddings, but the maps are {maps} and the "
                                 f"embeddings {vectors}; expected as many channels, [D, H, W] and [D]")  # fmt: skip
-        width = sum(3 + shape[0] + classes for shape in embeddings)
-        self.policy = WeightPolicy(width, count)
-        self.memory = Memory(config.memory, states=width, rewards=1)
+        widths = [3 + shape[0] + classes for shape in embeddings]
+        self.mixture = Mixture(WeightPolicy(sum(widths), count), widths)
+        self.memory = Memory(config.memory, states=sum(widths), rewards=1)
         self.register_buffer("is_started", torch.tensor(config.warmup == 0))
 
     def forward(
@@ -203,10 +229,8 @@ class PolicyWeights(kdx.Target):
             cosines = torch.stack([F.cosine_similarity(r.flatten(2).mean(2), e, dim=1) for r, e in pairs], 1)
             columns = [x.unsqueeze(2).unbind(1) for x in (cosines, gaps, errors)]
             states = torch.cat([torch.cat(own, 1) for own in zip(*columns, embeddings, logits, strict=True)], 1)
-            answer = self.policy(states.to(self.policy.hidden.weight.dtype)).exp()
-            sure = confidence_weights(errors)
-            found = [(answer[:, k] + sure + x.softmax(1)) / 3 for k, x in enumerate((gaps, cosines))]
-            weights, hint_weights = (torch.where(self.is_started, w, torch.ones_like(w)) for w in found)
+            found = self.mixture(states.to(self.mixture.odds.dtype)).exp()
+            weights, hint_weights = torch.where(self.is_started, found, torch.ones_like(found)).unbind(1)
             if is_training:
                 value = _cross_entropy(student, label) + (weights * gaps).sum(1)
                 value = value + feature_weight * (hint_weights * hints).sum(1)
@@ -217,7 +241,12 @@ class PolicyWeights(kdx.Target):
         if clock.step % self.config.every == 0 or clock.step % clock.steps_per_epoch == 0:
             for met in self.memory.take(self.config.minibatch):
                 objective = partial(policy_loss, rewards=met["rewards"].squeeze(1))
-                learn(self.policy, met["states"], objective, self.config.lr)
+                learn(
+                    self.mixture if self.config.dynamic else self.mixture.policy,
+                    met["states"],
+                    objective,
+                    self.config.lr,
+                )
         self.is_started.fill_(clock.step >= self.config.warmup * clock.steps_per_epoch)
 
 

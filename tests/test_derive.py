@@ -144,7 +144,7 @@ def test_everything_else_of_the_plain_student_is_the_same() -> None:
         assert getattr(plain.spec.train, name) == getattr(whole.spec.train, name)
     assert plain.spec.lr.config == whole.spec.lr.config  # type: ignore[union-attr]
     assert plain.spec.root.seed == 4
-    assert plain.spec.root.name == "distilled_plain"
+    assert plain.spec.root.name == "plain"
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from kdx_plugins.ensemble import Mean
 from kdx_plugins.logit import soft_targets
 from kdx_plugins.teacher_agreement import (
     AgreeingDivergences,
+    AgreeingHints,
     EqualDivergences,
     agreement_weights,
     least_norm_weights,
@@ -208,3 +209,56 @@ def test_a_student_that_agrees_with_every_teacher_has_the_value_0() -> None:
     for kind in (EqualDivergences, AgreeingDivergences):
         value = make(kind)(STUDENT, [STUDENT + shift for shift in (0.0, 1.0, -2.0)], FOUR)
         torch.testing.assert_close(value, torch.zeros(3, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+# --- ae_kd_hints
+
+MAPS = {"student": (3, 4, 4), "teacher": [(5, 4, 4), (4, 2, 2), (3, 8, 8)]}
+
+
+def hints(**options: Any) -> Any:
+    torch.manual_seed(0)
+    return make(AgreeingHints, MAPS, **options).double()
+
+
+def maps() -> tuple[Tensor, list[Tensor]]:
+    return normal(1, 6, 3, 4, 4), [normal(2 + k, 6, *shape) for k, shape in enumerate(MAPS["teacher"])]
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+def test_the_hints_are_weighted_by_their_gradients_at_the_students_map(normalise: bool) -> None:
+    (student, teachers), loss = maps(), hints(limit=0.7, normalise=normalise)
+    student.requires_grad_()
+    gaps = []
+    for layer, theirs in zip(loss.regressors, teachers, strict=True):
+        ours, theirs = kdx.pool_to_smaller(layer(kdx.pool_to_smaller(student, theirs)[0]), theirs)
+        gaps.append((ours - theirs).square().mean((1, 2, 3)))
+    slopes = torch.stack([torch.autograd.grad(gap.mean(), student, retain_graph=True)[0].flatten() for gap in gaps])
+    norms = slopes.norm(dim=1) if normalise else torch.ones(3, dtype=torch.float64)
+    weights = exact(slopes / norms.unsqueeze(1), 0.7) / norms
+    expected = (torch.stack(gaps, 1) * weights / weights.sum()).sum(1)
+    found = hints(limit=0.7, normalise=normalise)(student, teachers)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+    (slope,) = torch.autograd.grad(found.mean(), student)
+    torch.testing.assert_close(slope.flatten(), weights / weights.sum() @ slopes, rtol=0, atol=1e-9)
+
+
+def test_the_hints_of_equal_teachers_weigh_alike_and_without_a_gradient_all_do() -> None:
+    student, teachers = maps()
+    with torch.no_grad():
+        gaps = [hints(limit=1.0).regressors[k](kdx.pool_to_smaller(student, t)[0]) for k, t in enumerate(teachers)]
+        found = hints()(student, teachers)
+    parts = [kdx.pool_to_smaller(ours, theirs) for ours, theirs in zip(gaps, teachers, strict=True)]
+    expected = torch.stack([(a - b).square().mean((1, 2, 3)) for a, b in parts], 1).mean(1)
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_hints_keep_the_contract_of_a_loss() -> None:
+    check_loss(AgreeingHints, shapes=MAPS)
+
+
+def test_the_hints_are_refused_for_vectors_and_for_a_limit_below_even_weights() -> None:
+    with pytest.raises(kdx.PlanError, match=r"ae_kd_hints regresses maps \[C, H, W\], but was given \[3\]"):
+        make(AgreeingHints, {"student": (3,), "teacher": [(5, 4, 4)]})
+    with pytest.raises(kdx.ConfigError, match=r"limit: found 0.2, expected a weight from 0.333 to 1, for 3 teachers"):
+        hints(limit=0.2)

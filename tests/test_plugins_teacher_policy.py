@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -36,8 +37,8 @@ VECTORS = [(5,), (6,), (7,)]
 SHAPES = {"embeddings": VECTORS, "features": MAPS, "projected": MAPS}
 
 
-def policy_weights(count: int = 3, seed: int = 0, **options: Any) -> PolicyWeights:
-    shapes = {name: shapes[:count] for name, shapes in SHAPES.items()}
+def policy_weights(count: int = 3, seed: int = 0, order: Sequence[int] = (0, 1, 2), **options: Any) -> PolicyWeights:
+    shapes = {name: [shapes[k] for k in order[:count]] for name, shapes in SHAPES.items()}
     given = kdx.Given({"student": (4,), "label": (), "logits": [(4,)] * count, **shapes})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -96,9 +97,9 @@ def test_the_weights_are_the_mean_of_three_rules() -> None:
             pooled, vector = inputs["projected"][k][b].mean((1, 2)), inputs["embeddings"][k][b]
             cosine.append(pooled @ vector / pooled.norm() / vector.norm())
             state += [torch.stack([cosine[k], kl[k], ce[k]]), vector, TEACHERS[k][b]]
-        hidden = (node.policy.hidden.weight @ torch.cat(state)).relu()
+        hidden = (node.mixture.policy.hidden.weight @ torch.cat(state)).relu()
         sure = (1 - torch.stack(ce).softmax(0)) / 2
-        for name, head, third in zip(out, node.policy.heads, (kl, cosine), strict=True):
+        for name, head, third in zip(out, node.mixture.policy.heads, (kl, cosine), strict=True):
             own = (head.weight @ hidden + head.bias).softmax(0)
             torch.testing.assert_close(out[name][b], (own + sure + torch.stack(third).softmax(0)) / 3)
     torch.testing.assert_close(out["weights"].sum(1), torch.ones(3, dtype=torch.float64))
@@ -116,11 +117,11 @@ def test_all_weights_are_one_in_the_first_epoch() -> None:
 
 def test_the_order_of_the_teachers_changes_only_the_order_of_the_weights() -> None:
     order, inputs = [2, 0, 1], policy_inputs()
-    node, moved = policy_weights(warmup=0), policy_weights(warmup=0)
+    node, moved = policy_weights(warmup=0), policy_weights(warmup=0, order=order)
     starts = torch.tensor([0, 12, 25, 39])
     columns = torch.cat([torch.arange(int(starts[k]), int(starts[k + 1])) for k in order])
-    moved.policy.hidden.weight.copy_(node.policy.hidden.weight[:, columns])
-    for ours, theirs in zip(moved.policy.heads, node.policy.heads, strict=True):
+    moved.mixture.policy.hidden.weight.copy_(node.mixture.policy.hidden.weight[:, columns])
+    for ours, theirs in zip(moved.mixture.policy.heads, node.mixture.policy.heads, strict=True):
         ours.weight.copy_(theirs.weight[order])
         ours.bias.copy_(theirs.bias[order])
     found = node(**inputs)
@@ -139,7 +140,7 @@ def test_rewards_are_standardised_over_labelled_samples_and_clamped() -> None:
 
 def test_the_policy_learns_by_gradient_descent_on_what_it_has_met() -> None:
     node = policy_weights(lr=0.1, minibatch=2)
-    before = copy.deepcopy(node.policy)
+    before = copy.deepcopy(node.mixture.policy)
     node(**policy_inputs())
     states, rewards = node.memory.states[:3].clone(), node.memory.rewards[:3, 0].clone()
     assert rewards.max() > 0
@@ -159,7 +160,7 @@ def test_the_policy_learns_by_gradient_descent_on_what_it_has_met() -> None:
         assert isinstance(loss, Tensor)
         loss.backward()
         optimizer.step()
-    for ours, theirs in zip(node.policy.parameters(), before.parameters(), strict=True):
+    for ours, theirs in zip(node.mixture.policy.parameters(), before.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs.detach())
 
 
@@ -207,6 +208,24 @@ def test_a_policy_resumes_exactly(kind: str) -> None:
     resumed.given.generator.set_state(stopped.given.generator.get_state())
     assert torch.equal(go(resumed, 5, 9), expected)
     assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters(), strict=True))
+
+
+def test_learnt_factors_follow_the_rewards_and_start_even() -> None:
+    fixed, dynamic = policy_weights(warmup=0), policy_weights(warmup=0, dynamic=True)
+    for name, weights in fixed(**policy_inputs()).items():
+        torch.testing.assert_close(dynamic(**policy_inputs())[name], weights)
+    before = copy.deepcopy(dynamic.mixture)
+    met = dynamic.memory.take(64)[0]
+    dynamic(**policy_inputs())
+    dynamic.after_update(kdx.Clock(3, 3, 30))
+    for parameter in before.parameters():
+        parameter.requires_grad_()
+    policy_loss(before(met["states"][:3].double()), met["rewards"][:3, 0].double()).backward()
+    assert before.odds.grad is not None
+    torch.testing.assert_close(dynamic.mixture.odds, -0.1 * before.odds.grad)
+    torch.testing.assert_close(dynamic.mixture.odds.sum(1), torch.zeros(2, dtype=torch.float64))
+    assert dynamic.mixture.odds.abs().max() > 1e-6
+    assert not fixed.mixture.odds.any()
 
 
 def test_selected_teachers_share_the_weight_evenly() -> None:
@@ -274,12 +293,13 @@ def test_the_divergence_from_a_mixture_is_that_from_its_distribution() -> None:
 def test_samples_without_a_label_teach_a_policy_nothing() -> None:
     none = torch.full((3,), -1)
     node, choice = policy_weights(warmup=0), selection(warmup=0)
-    before = [copy.deepcopy(node.policy), copy.deepcopy(choice.policy)]
+    before = [copy.deepcopy(node.mixture.policy), copy.deepcopy(choice.policy)]
     assert node(**policy_inputs(none))["weights"].isfinite().all()
     choice(**selection_inputs(none))
-    for changed, policy in zip((node, choice), before, strict=True):
+    for changed in (node, choice):
         changed.after_update(kdx.Clock(1, 1, 10))
-        for ours, theirs in zip(changed.policy.parameters(), policy.parameters(), strict=True):
+    for changed, policy in zip((node.mixture.policy, choice.policy), before, strict=True):
+        for ours, theirs in zip(changed.parameters(), policy.parameters(), strict=True):
             assert torch.equal(ours, theirs)
 
 
