@@ -67,6 +67,12 @@ STATEFUL = overlay(
 """Everything that a checkpoint must hold: dropout, accumulation, an average, schedules, a loss with state."""
 
 
+def dying(mark: Path, always: bool = False) -> dict[str, Any]:
+    """A layer that gives a config the loss of `dying_plugin.py`, which ends its process."""
+    loss = {"use": "dying", "mark": str(mark), "always": always}
+    return {"plugins": [*PLAIN["plugins"], str(PLUGIN.with_name("dying_plugin.py"))], "losses": {"die": loss}}
+
+
 @functools.cache
 def registry() -> Registry:
     return discover([str(PLUGIN)])

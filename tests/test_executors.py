@@ -16,7 +16,7 @@ import filelock
 import pytest
 import torch
 import yaml
-from small_run import CASCADE, DISTIL, PLAIN, lines_of, prepared, quiet, weights_of, write_config
+from small_run import CASCADE, DISTIL, PLAIN, dying, lines_of, prepared, quiet, weights_of, write_config
 
 from kdx.checkpoint import load_state
 from kdx.cli import STOPPED, main
@@ -27,35 +27,6 @@ from kdx.runs import Stopped
 from kdx.study import Outcome, Trial, plan_study, read_study
 
 VARIANTS = {"full": {}, "no_hint": {"losses": {"hint": None}}, "hot": {"losses": {"kd": {"temperature": 8}}}}
-DYING = '''
-"""A loss that ends its process, once or always."""
-import os
-from dataclasses import dataclass
-from pathlib import Path
-import kdx
-
-class Dying(kdx.Loss):
-    name = "dying"
-    inputs = {"student": "student.logits"}
-
-    @dataclass(frozen=True)
-    class Config:
-        mark: str = ""
-        always: bool = False
-
-    def after_update(self, clock):
-        mark = Path(self.config.mark)
-        if clock.step == 3 and (self.config.always or not mark.exists()):
-            mark.touch()
-            os._exit(9)
-
-    def forward(self, student):
-        return 0.0 * student.sum(1)
-
-@kdx.hookimpl
-def kdx_losses():
-    return [Dying]
-'''
 
 
 @pytest.fixture(autouse=True)
@@ -88,12 +59,6 @@ def same_students(one: str, other: str, outcomes: Sequence[Outcome]) -> None:
         mine, own = weights_of(Path(one) / outcome.folder), weights_of(Path(other) / outcome.folder)
         assert all(torch.equal(mine[name], own[name]) for name in mine)
         assert lines_of(Path(one) / outcome.folder) == lines_of(Path(other) / outcome.folder)
-
-
-def dying(mark: Path, always: bool = False) -> dict[str, Any]:
-    (mark.parent / "dying.py").write_text(DYING)
-    plugins = [*PLAIN["plugins"], str(mark.parent / "dying.py")]
-    return {"plugins": plugins, "losses": {"die": {"use": "dying", "mark": str(mark), "always": always}}}
 
 
 def test_side_by_side_and_one_by_one_find_the_same() -> None:

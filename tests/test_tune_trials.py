@@ -10,7 +10,7 @@ from typing import Any
 import filelock
 import pytest
 import yaml
-from small_run import CASCADE, PLAIN, Command, quiet, write_config
+from small_run import CASCADE, PLAIN, Command, dying, quiet, write_config
 
 pytest.importorskip("optuna")
 
@@ -21,35 +21,6 @@ from kdx.tune import Ground, Search, check_search, read_search
 from kdx.tune_trials import Books, Found, best_of, carry_out_search
 
 LR: dict[str, Any] = {"train.lr": {"low": 0.01, "high": 0.5, "log": True}}
-DYING = '''
-"""A loss that ends its process at its fourth update as long as its file is there, and takes it away if it is `once`."""
-import os
-from dataclasses import dataclass
-from pathlib import Path
-import kdx
-
-class Dying(kdx.Loss):
-    name = "dying"
-    inputs = {"student": "student.logits"}
-
-    @dataclass(frozen=True)
-    class Config:
-        file: str = ""
-
-    def after_update(self, clock):
-        file = Path(self.config.file)
-        if clock.step == 4 and file.exists():
-            if file.read_text() == "once":
-                file.unlink()
-            os._exit(9)
-
-    def forward(self, student):
-        return 0.0 * student.sum(1)
-
-@kdx.hookimpl
-def kdx_losses():
-    return [Dying]
-'''
 
 
 @pytest.fixture(autouse=True)
@@ -167,12 +138,7 @@ def test_the_trial_of_a_process_that_died_is_begun_once_more_and_then_has_failed
 
 @pytest.mark.slow
 def test_a_killed_process_loses_nothing_but_its_last_updates(tmp_path: Path) -> None:
-    Path("dying.py").write_text(DYING)
-    Path("file").write_text("once")
-    dying = {"use": "dying", "file": str(tmp_path / "file")}
-    write_config(
-        Path("base.yaml"), PLAIN, {"plugins": [*PLAIN["plugins"], str(tmp_path / "dying.py")], "losses": {"d": dying}}
-    )
+    write_config(Path("base.yaml"), PLAIN, dying(tmp_path / "mark"))
     written(trials=1)
     assert Command("tune", "search.yaml", folder=tmp_path).wait(120) == 9
     search = read_search(Path("search.yaml"))
