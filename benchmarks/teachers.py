@@ -23,9 +23,10 @@ import torch
 
 from kdx.builtin.tensor_data import TensorDataset
 from kdx.config import load_mapping
-from kdx.loop import Session, batch_teachers, make_session, step
+from kdx.loop import Session, make_session, step
 from kdx.runs import Options, build_plan, prepare
 from kdx.runtime import Runtime
+from kdx.ways import decide
 
 COUNTS = (1, 2, 4, 8)
 WAYS = {"never": "one after another", "always": "one call"}
@@ -61,7 +62,7 @@ def session_of(options: argparse.Namespace, count: int, way: str) -> Session:
     runtime = Runtime(prepared.spec.runtime)
     plan = build_plan(prepared, how, trained=True, device=runtime.device)
     session = make_session(prepared.spec, plan, prepared.dataset, prepared.splits, runtime)
-    batch_teachers(session, None)
+    decide(session, None)
     return session
 
 

@@ -12,10 +12,12 @@ if TYPE_CHECKING:
     from kdx.api import RunResult as RunResult
     from kdx.api import make as make
     from kdx.api import run as run
+    from kdx.authoring import among_present as among_present
     from kdx.authoring import check_choice as check_choice
     from kdx.authoring import check_classes as check_classes
     from kdx.authoring import check_same_classes as check_same_classes
     from kdx.authoring import check_teachers as check_teachers
+    from kdx.authoring import confidence_weights as confidence_weights
     from kdx.authoring import hint_distances as hint_distances
     from kdx.authoring import over_labelled as over_labelled
     from kdx.authoring import pool_to_smaller as pool_to_smaller
@@ -38,12 +40,15 @@ if TYPE_CHECKING:
     from kdx.components import Target as Target
     from kdx.components import hookimpl as hookimpl
     from kdx.components import per_sample as per_sample
+    from kdx.distributed import gather as gather
     from kdx.errors import CheckpointError as CheckpointError
     from kdx.errors import ConfigError as ConfigError
     from kdx.errors import DataError as DataError
     from kdx.errors import KdxError as KdxError
     from kdx.errors import PlanError as PlanError
     from kdx.errors import PluginError as PluginError
+    from kdx.fused import log_mixture as log_mixture
+    from kdx.fused import soft_divergence as soft_divergence
     from kdx.plan import Plan as Plan
     from kdx.randomness import Randomness as Randomness
     from kdx.student import load_student as load_student
@@ -64,14 +69,16 @@ __version__ = "0.1.0"
 _NAMES = {
     "kdx.api": ("RunResult", "make", "run"),
     "kdx.authoring": (
-        "check_choice", "check_classes", "check_same_classes", "check_teachers", "hint_distances", "over_labelled",
-        "pool_to_smaller", "precise", "soft_divergences",
+        "among_present", "check_choice", "check_classes", "check_same_classes", "check_teachers", "confidence_weights",
+        "hint_distances", "over_labelled", "pool_to_smaller", "precise", "soft_divergences",
     ),
     "kdx.components": (
         "OPTIONAL", "REQUIRED", "Aligner", "Dataset", "Given", "Knob", "Loss", "Many", "Metric", "Model",
         "Network", "Node", "Schedule", "Split", "Target", "hookimpl", "per_sample",
     ),
+    "kdx.distributed": ("gather",),
     "kdx.errors": ("CheckpointError", "ConfigError", "DataError", "KdxError", "PlanError", "PluginError"),
+    "kdx.fused": ("log_mixture", "soft_divergence"),
     "kdx.plan": ("Plan",),
     "kdx.randomness": ("Randomness",),
     "kdx.student": ("load_student",),

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from kdx.data import View, in_order
 from kdx.loop import Session, evaluating
-from kdx.plan import logits_shape
 from kdx.result import Metrics
 from kdx.types import Batch
 
@@ -24,9 +23,8 @@ def agreements(session: Session) -> dict[str, dict[str, Metrics]]:
     of `KL(teacher || student)` in nats at temperature 1. The student is the one that the session holds.
     """
     plan = session.plan
-    classes = (len(plan.facts.classes),)
     answers: dict[str, Answer] = {
-        name: call.answer for name, call in plan.teacher_models.items() if logits_shape(plan.shapes, name) == classes
+        name: call.answer for name, call in plan.teacher_models.items() if call.at_hand and plan.knows_classes(name)
     }
     found: dict[str, dict[str, Metrics]] = {name: {} for name in answers}
     for split, view in (("val", session.splits.val), ("test", session.splits.test)):
@@ -38,14 +36,14 @@ def agreements(session: Session) -> dict[str, dict[str, Metrics]]:
 
 @torch.no_grad()
 def _compare(session: Session, view: View, answers: dict[str, Answer]) -> dict[str, Metrics]:
-    runtime = session.runtime
+    runtime, group, size = session.runtime, session.runtime.group, session.spec.runtime.eval_batch
     sums = {name: torch.zeros(2, device=runtime.device) for name in answers}
     with runtime.stopwatch.phase("evaluation"), evaluating(session.learner):
-        for batch in in_order(view, session.spec.runtime.eval_batch, session.spec.runtime.workers):
+        for batch in group.over(in_order(view, size, session.spec.runtime.workers, group.share), len(view), size):
             batch = session.dataset.on_device(runtime.move(batch), None)
             with runtime.autocast():
-                student = session.student.answer(batch).float()
-                given = {name: answer(batch).float() for name, answer in answers.items()}
+                student = group.gather(session.student.answer(batch).float())
+                given = {name: group.gather(answer(batch).float()) for name, answer in answers.items()}
             for name, teacher in given.items():
                 sums[name] += torch.stack(compared(student, teacher))
     numbers = {name: (both / len(view)).tolist() for name, both in sums.items()}

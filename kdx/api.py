@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kdx.components import OPTIONAL, Dataset, Given, Network, Node
+from kdx.components import OPTIONAL, Dataset, Given, Model, Network, Node
 from kdx.config import load, load_mapping
 from kdx.errors import ConfigError, did_you_mean
 from kdx.options import read_options
@@ -76,13 +76,21 @@ def run(
 
 
 def make(
-    kind: str, name: str, /, *, shapes: Mapping[str, Any] | None = None, facts: DataFacts | None = None, **options: Any
+    kind: str,
+    name: str,
+    /,
+    *,
+    shapes: Mapping[str, Any] | None = None,
+    facts: DataFacts | None = None,
+    skeleton: bool = False,
+    **options: Any,
 ) -> Any:
     """A component ready to call: `kdx.make("losses", "kd")(student=z_s, teacher=z_t, temperature=torch.tensor(2.0))`.
 
     `shapes` maps each input to the shape of one sample, for components that build modules from it; `facts` describe
-    the data. A knob may be given here as a number, or as an argument of the call; else it has its default. Raises
-    `ConfigError` for a kind, name or option that does not exist, and for shapes that are needed and absent.
+    the data; a model made as a `skeleton` has no published weights. A knob may be given here as a number, or as an
+    argument of the call; else it has its default. Raises `ConfigError` for a kind, name or option that does not exist,
+    and for shapes that are needed and absent.
     """
     if kind not in KINDS:
         raise ConfigError(f"make: no kind of component is called {kind!r}; {did_you_mean(kind, KINDS, what='kinds')}")
@@ -95,7 +103,8 @@ def make(
     config = read_options(component.Config, options, name)
     if kind == "models":
         streams = tuple(stream for stream, about in facts.streams.items() if about.kind != "label")
-        return component(config, facts, streams or ("image",)).build()
+        model: Model = component(config, facts, streams or ("image",))
+        return model.skeleton() if skeleton else model.build()
     if kind == "metrics":
         return component(config, facts, torch.device("cpu"))
     return component(config)

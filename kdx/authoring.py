@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdx.components import Given, per_sample
+from kdx.components import Given
 from kdx.errors import ConfigError, PlanError
+from kdx.fused import soft_divergence
 from kdx.types import Shape
 
 
@@ -24,12 +26,8 @@ def soft_divergences(student: Tensor, teachers: Sequence[Tensor], temperatures: 
     A temperature is 0-d or [B]; one may be for all, or each teacher has its own. Teachers get no gradient.
     """
     each = [temperatures] * len(teachers) if isinstance(temperatures, Tensor) else temperatures
-    values = []
-    for teacher, temperature in zip(teachers, each, strict=True):
-        tau = per_sample(temperature, student)
-        log_p, log_q = torch.log_softmax(teacher.detach() / tau, dim=1), torch.log_softmax(student / tau, dim=1)
-        values.append(F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1) * temperature.square())
-    return torch.stack(values, 1)
+    pairs = zip(teachers, each, strict=True)
+    return torch.stack([soft_divergence(student, teacher, temperature) for teacher, temperature in pairs], 1)
 
 
 def hint_distances(student: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor:
@@ -38,11 +36,37 @@ def hint_distances(student: Sequence[Tensor], teachers: Sequence[Tensor]) -> Ten
     return torch.stack([(ours - theirs.detach()).square().flatten(1).mean(1) for ours, theirs in pairs], 1)
 
 
+def confidence_weights(errors: Tensor, present: Tensor | None = None) -> Tensor:
+    """`(1 - softmax(CE)) / (M - 1)` over the cross-entropies [B, M] of M >= 2 teachers, [B, M]; they sum to 1.
+
+    With `present`, bool [B, M], those of the teachers that a sample has: one alone has the weight 1, others 0.
+    Source: CA-MKD (Zhang, Chen, Wang, ICASSP 2022).
+    """
+    if present is None:
+        return (1 - errors.softmax(1)) / (errors.shape[1] - 1)
+    counted = present | ~present.any(1, keepdim=True)
+    count = counted.sum(1, keepdim=True)
+    found = (1 - torch.where(counted, errors, -math.inf).softmax(1)) / (count - 1).clamp(min=1)
+    return torch.where(counted, torch.where(count > 1, found, 1.0), 0.0)
+
+
 def pool_to_smaller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Two maps [B, C, H, W], average-pooled to the smaller height and the smaller width of both."""
     size = (min(a.shape[2], b.shape[2]), min(a.shape[3], b.shape[3]))
     pooled = [x if tuple(x.shape[2:]) == size else F.adaptive_avg_pool2d(x, size) for x in (a, b)]
     return pooled[0], pooled[1]
+
+
+def among_present(log_weights: Tensor, present: Tensor | None) -> Tensor:
+    """Log-weights [B, M] of those of M teachers that are there for a sample: the weights sum to 1, others are 0.
+
+    `present`, bool [B, M], is what the engine hands to nodes with `gaps`. Weights stay as they are where it is None,
+    and for samples without any teacher, of which the engine makes no use.
+    """
+    if present is None:
+        return log_weights
+    counted = present | ~present.any(1, keepdim=True)
+    return torch.log_softmax(torch.where(counted, log_weights, -math.inf), dim=1)
 
 
 def over_labelled(values: Tensor, label: Tensor) -> Tensor:

@@ -6,14 +6,14 @@ import copy
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kdx.calls import ModelCall, Values
+from kdx.calls import ModelCall, StandIn, Values
 from kdx.errors import PlanError
 from kdx.options import plain_options
 from kdx.plan import Plan
@@ -21,6 +21,8 @@ from kdx.reach import base_of
 from kdx.taps import Tapped
 from kdx.types import Batch
 
+BATCHED = "batched"
+"""The way of several teachers in one call."""
 ROUNDS = 5
 """How often either way is timed, in turn."""
 GAIN = 0.95
@@ -33,6 +35,8 @@ class Together:
 
     After `adopt` the weights of the models are parts of the stack, so that they lie in memory once.
     """
+
+    way = BATCHED
 
     def __init__(self, calls: Sequence[ModelCall]) -> None:
         self.calls = tuple(calls)
@@ -79,14 +83,17 @@ def alike(plan: Plan, calls: Sequence[ModelCall]) -> list[tuple[ModelCall, ...]]
     return [tuple(group) for group in groups.values() if len(group) > 1]
 
 
-def check_batching(plan: Plan) -> None:
-    """Raise `PlanError` where `always` is asked for and no two of several teachers can be one call."""
+def check_batching(plan: Plan, free: Sequence[ModelCall]) -> None:
+    """Raise `PlanError` where `always` is asked for and no two of several teachers can be one call.
+
+    `free` are the calls that have no backend of their own.
+    """
     calls = [call for call in plan.teacher_calls if isinstance(call, ModelCall)]
-    if plan.spec.runtime.teacher_batching == "always" and len(calls) > 1 and not alike(plan, calls):
+    if plan.spec.runtime.teacher_batching == "always" and len(calls) > 1 and not alike(plan, free):
         raise PlanError(
             f"runtime.teacher_batching: found 'always', but no two of {', '.join(call.name for call in calls)} can be "
-            "one call: they need one architecture and one input, no tap by the path of a module, and no device or "
-            "offload of their own; expected auto or never"
+            "one call: they need one architecture and one input, no tap by the path of a module, and no device, "
+            "offload or backend of their own; expected auto or never"
         )
 
 
@@ -98,8 +105,17 @@ class Choice:
     lines: tuple[str, ...]
 
 
-def choose(groups: Sequence[tuple[ModelCall, ...]], batch: Batch, *, always: bool, wait: Callable[[], None]) -> Choice:
+def choose(
+    groups: Sequence[tuple[ModelCall, ...]],
+    batch: Batch,
+    *,
+    always: bool,
+    wait: Callable[[], None],
+    runs: Mapping[str, StandIn | ModelCall] | None = None,
+) -> Choice:
     """Try each group on a batch, and time it against calls one after another, in turn; `wait` waits for the device.
+
+    `runs` holds what else would answer for a model, by name.
 
     What does not run, or gives other numbers than rounding explains, is not adopted. Raises `PlanError` for it if
     this is to be done `always`.
@@ -116,7 +132,7 @@ def choose(groups: Sequence[tuple[ModelCall, ...]], batch: Batch, *, always: boo
                 )
             lines.append(f"teachers {who}: called one after another, since they cannot be one call: {problem}")
             continue
-        one, several = _timed(together, batch, wait)
+        one, several = _timed(together, batch, wait, runs or {})
         if always or one < GAIN * several:
             together.adopt()
             adopted.append(together)
@@ -146,12 +162,16 @@ def _tried(calls: Sequence[ModelCall], batch: Batch) -> tuple[Together | None, s
     return together, ""
 
 
-def _timed(together: Together, batch: Batch, wait: Callable[[], None]) -> tuple[float, float]:
+def _timed(
+    together: Together, batch: Batch, wait: Callable[[], None], runs: Mapping[str, StandIn | ModelCall]
+) -> tuple[float, float]:
     """Medians in milliseconds of one call, and of the calls one after another."""
 
+    each = [runs.get(call.name, call) for call in together.calls]
+
     def several(values: Values) -> None:
-        for call in together.calls:
-            call.run(values)
+        for one in each:
+            one.run(values)
 
     times: dict[Callable[[Values], None], list[float]] = {together.run: [], several: []}
     for _ in range(ROUNDS):

@@ -6,15 +6,16 @@ Keys are `owner.field` (`wide.mid`, `batch.label`, `tau.out`), the config path o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from kdx.components import Node
-from kdx.errors import PlanError
+from kdx.components import Loss, Node
+from kdx.errors import PlanError, PluginError
+from kdx.presence import ALWAYS, Presence, held, masks_of, over_present, pick
 from kdx.seats import Seat
 from kdx.taps import Tapped, classifier_of
 from kdx.types import Batch
@@ -54,7 +55,7 @@ def find_part(net: nn.Module, path: str, where: str) -> nn.Module:
 class ModelCall:
     """Runs a network on streams of the batch; `student@strong` is the student on the view `strong`.
 
-    A model with a `seat` computes there.
+    A model with a `seat` computes there. What it gives says nothing of samples without `presence`.
     """
 
     name: str
@@ -63,10 +64,16 @@ class ModelCall:
     streams: Mapping[str, Key]
     gives: tuple[Key, ...]
     seat: Seat | None = None
+    presence: Presence = ALWAYS
 
     @property
     def reads(self) -> tuple[Key, ...]:
         return tuple(self.streams.values())
+
+    @property
+    def at_hand(self) -> bool:
+        """Whether there is a network that can be asked about any sample."""
+        return True
 
     def batch(self, values: Values) -> Batch:
         """The streams that the network reads."""
@@ -99,7 +106,9 @@ class NodeCall:
     """Runs a target, an aligner or a loss.
 
     `arguments` maps each parameter of `forward` to a key, a tuple of keys, or None; knobs are among them. `weight` is
-    the key of a loss's weight; `parts` holds what is borrowed, a list where it is any number of parts.
+    the key of a loss's weight; `parts` holds what is borrowed, a list where it is any number of parts. `presence` is
+    that of all that it reads; `among` that of each ref of the input in which it copes with gaps; `by_mask` says how a
+    loss leaves absent samples out.
     """
 
     name: str
@@ -111,10 +120,14 @@ class NodeCall:
     parts: Mapping[str, Borrowed | list[Borrowed]] = field(default_factory=dict)
     weight: Key = ""
     label: str = ""
+    presence: Presence = ALWAYS
+    among: tuple[Presence, ...] = ()
+    by_mask: bool = False
 
     @property
     def reads(self) -> tuple[Key, ...]:
-        return tuple(_keys(self.arguments.values())) + ((self.weight,) if self.weight else ())
+        masks = masks_of(self.presence) + tuple(key for one in self.among for key in masks_of(one))
+        return (*_keys(self.arguments.values()), *((self.weight,) if self.weight else ()), *masks)
 
     @property
     def borrowed(self) -> tuple[Borrowed, ...]:
@@ -126,14 +139,31 @@ class NodeCall:
         arguments: dict[str, Any] = dict(self.parts)
         for name, key in self.arguments.items():
             arguments[name] = [values[one] for one in key] if isinstance(key, tuple) else key and values[key]
+        if self.among:
+            size = len(arguments[self.module.gaps][0])
+            everyone = torch.ones(size, dtype=torch.bool, device=arguments[self.module.gaps][0].device)
+            each = [everyone if one == ALWAYS else held(one, values) for one in self.among]
+            arguments["present"] = torch.stack(each, 1)
         return arguments
+
+    def seen(self, values: Values) -> dict[str, Any] | None:
+        """The arguments of `calibrate`: those of the samples that are present, None where none is."""
+        arguments = self.inputs(values)
+        if self.presence == ALWAYS:
+            return arguments
+        rows = held(self.presence, values).nonzero().squeeze(1)
+        return {name: pick(value, rows) for name, value in arguments.items()} if len(rows) else None
 
     def run(self, values: Values) -> None:
         arguments = self.inputs(values)
         try:
             if self.kind == "losses":
                 arguments = {name: _full_precision(value) for name, value in arguments.items()}
-            result = self.module(**arguments)
+            if self.presence != ALWAYS and isinstance(self.module, Loss):
+                present = held(self.presence, values)
+                result: Any = over_present(self.module, arguments, present, by_mask=self.by_mask)
+            else:
+                result = self.module(**arguments)
         except Exception as error:
             error.add_note(f"in {self.label}")
             raise
@@ -144,21 +174,54 @@ class NodeCall:
         else:
             values[self.gives[0]] = result
 
+    def check(self, values: Values) -> None:
+        """Raise `PluginError` for a result that no other call could read, as it came in the midst of training."""
+        index = values.get("batch.index")
+        for key in self.gives:
+            value = values.get(key)
+            if not isinstance(value, Tensor):
+                raise PluginError(f"{self.label}: {key} is {type(value).__name__}, expected a tensor")
+            several = value.ndim > 1 and self.kind == "losses"
+            if several or (value.ndim and index is not None and len(value) != len(index)):
+                wanted = "[B]" if self.kind == "losses" else "a tensor with the batch axis first"
+                raise PluginError(
+                    f"{self.label}: {key} has shape {list(value.shape)} for "
+                    f"{'a batch' if index is None else len(index)} samples, expected 0-d or {wanted}"
+                )
+
 
 Call = ModelCall | NodeCall
+
+
+class StandIn(Protocol):
+    """What answers in place of live models: it leaves in `values` all that its `calls` give, and says in which `way`.
+
+    It is asked for training batches only; evaluation is of the models themselves.
+    """
+
+    @property
+    def way(self) -> str: ...
+
+    @property
+    def calls(self) -> tuple[ModelCall, ...]: ...
+
+    def run(self, values: Values) -> None: ...
 
 
 def execute(calls: Sequence[Call], values: Values) -> None:
     """Run calls in order; each finds its inputs in `values` and leaves its results there."""
     for call in calls:
         call.run(values)
+        if isinstance(call, NodeCall):
+            call.check(values)
 
 
-def weighted(calls: Iterable[NodeCall], values: Values) -> dict[str, Tensor]:
-    """Each loss -> its term times its weight, averaged over the batch; 0-d."""
+def weighted(calls: Iterable[NodeCall], values: Values, units: Container[Key] = ()) -> dict[str, Tensor]:
+    """Each loss -> its term times its weight, averaged over the batch; 0-d. Weights in `units` are 1 for good."""
     parts: dict[str, Tensor] = {}
     for call in calls:
-        part: Tensor = values[call.weight] * values[call.gives[0]]
+        term: Tensor = values[call.gives[0]]
+        part = term if call.weight in units else values[call.weight] * term
         parts[call.name.removeprefix("losses.")] = part.mean() if part.ndim else part
     return parts
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich_argparse import RawDescriptionRichHelpFormatter
 
+from kdx.cache_command import EPILOG as CACHE_EPILOG
+from kdx.cache_command import HELP as CACHE_HELP
+from kdx.cache_command import cache, cache_arguments
 from kdx.errors import KdxError
 from kdx.stopping import Stopper
 from kdx.tune_command import EPILOG, HELP, tune, tune_arguments
@@ -29,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     errors = Console(stderr=True)
     try:
+        _check_processes(options)
         code: int = options.command(options)
         return code
     except KdxError as error:
@@ -113,6 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     ablate.add_argument("--quiet", action="store_true", help="no live table, one line for each trial")
 
     tune_arguments(add("tune", tune, HELP, EPILOG))
+    cache_arguments(add("cache", cache, CACHE_HELP, CACHE_EPILOG))
 
     report = add(
         "report", _report, "Write the report of a finished run or of a study anew, or compare several of them.",
@@ -166,12 +172,20 @@ def _config_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _check_processes(options: argparse.Namespace) -> None:
+    """Of all commands only `run` is for several processes."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and options.command is not _run:
+        raise KdxError("torchrun: several processes work at one `kdx run` together; start any other command without it")
+
+
 def _run(options: argparse.Namespace) -> int:
     from kdx.config import given_text, load
+    from kdx.distributed import the_group
     from kdx.report import comparison, summary_table
     from kdx.runs import Options, carry_out, prepare
 
-    out, notes = Console(), Console(stderr=True)
+    leads = the_group().leads
+    out, notes = Console(quiet=not leads), Console(stderr=True, quiet=not leads)
     seeds = _seeds(options.seeds)
     stopper = Stopper(notes)
     how = Options(fresh=options.fresh, console=notes, quiet=options.quiet, stop=stopper)
@@ -306,6 +320,7 @@ def _dry_run(prepared: Prepared, how: Any, out: Console) -> None:
 def _explain(options: argparse.Namespace) -> int:
     from kdx.config import load
     from kdx.runs import Options, build_plan, prepare
+    from kdx.runtime_choice import choice_remarks
     from kdx.table import plan_mermaid, plan_table, plan_text, remarks
 
     how = Options(quiet=True)
@@ -321,7 +336,7 @@ def _explain(options: argparse.Namespace) -> int:
     else:
         out = Console()
         out.print(plan_table(plan))
-        for line in remarks(plan):
+        for line in (*remarks(plan), *choice_remarks(prepared.spec, prepared.folder)):
             out.print(f"- {line}", markup=False, highlight=False, soft_wrap=True)
     return 0
 

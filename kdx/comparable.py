@@ -12,7 +12,7 @@ ABSENT = "absent"
 METHOD = ("teachers", "targets", "align", "losses")
 """The sections in which methods differ: which teachers a run has follows from them."""
 BUDGET = ("train.epochs", "train.updates", "train.steps_per_epoch", "train.batch")
-COSMETIC = ("train.save", "student.taps", "student.run")
+COSMETIC = ("train.save", "train.save_minutes", "student.taps", "student.run")
 
 
 @dataclass(frozen=True)

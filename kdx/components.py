@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kdx.errors import PlanError
-from kdx.types import Batch, Clock, DataFacts, Shape
+from kdx.types import Batch, Clock, DataFacts, Shape, StreamFacts
 
 if TYPE_CHECKING:
     from kdx.randomness import Randomness
@@ -180,6 +180,12 @@ class Node(Component, nn.Module):
     same_shape: groups of inputs whose shapes must be equal.
     confidence: how sure it is that a published method is computed: `values` where numbers of public code are met,
         `code` where it was written after public code, `paper` after the description alone; empty for one's own rules.
+    gaps: the input of any number of refs of which single ones may be absent for a sample, as a teacher that listens is
+        for one without sound. `forward` then takes `present`, bool [B, M], which is None where all are always there.
+    separable: whether what it gives for a sample depends on no other sample, or is a plain mean over the batch of what
+        does so, and whether it remembers nothing. Each of several processes then works it out for its own samples. By
+        default a node sees the samples of all processes, and needs to know nothing of them. A class says it for itself,
+        not for those that derive from it.
 
     Parameters are trained with the student; buffers and the generator are saved, so state survives a resume.
     """
@@ -191,6 +197,8 @@ class Node(Component, nn.Module):
     trains: ClassVar[tuple[str, ...]] = ()
     same_shape: ClassVar[tuple[tuple[str, ...], ...]] = ()
     confidence: ClassVar[str] = ""
+    separable: ClassVar[bool] = False
+    gaps: ClassVar[str] = ""
 
     def __init__(self, config: Any, given: Given) -> None:
         super().__init__()
@@ -291,6 +299,21 @@ class Dataset(Component, ABC):
     def on_device(self, batch: Batch, randomness: Randomness | None) -> Batch:
         """Decode and augment a batch that is already on the device; no augmentation where `randomness` is None."""
         return batch
+
+    def reading(self, streams: Iterable[str]) -> Dataset:
+        """The same data for a run that reads these streams alone: `on_device` may leave others out; by default it does
+        not.
+        """
+        return self
+
+    @property
+    def records(self) -> Mapping[str, StreamFacts]:
+        """Streams that `on_device` adds where it augments, as what was mixed with what. Only views have them."""
+        return {}
+
+    def varies(self, stream: str) -> bool:
+        """Whether `on_device` may change this stream at random; by default, whether any of `view_options` is set."""
+        return any(bool(getattr(self.config, option, None)) for option in self.view_options)
 
     def view(self, config: Any) -> Dataset:
         """The same data with other values of `view_options`, for another view of its samples."""

@@ -17,6 +17,16 @@ from kdx.errors import ConfigError
 Mapped = dict[str, Any]
 _PATHS = ("checkpoint", "folder", "path")
 """The options of a model section that name files or folders."""
+AUTO_RUNTIME = {
+    "precision": "measured",
+    "channels_last": "auto",
+    "compile": "auto",
+    "workers": "auto",
+    "backend": "auto",
+}
+"""What `runtime: auto` stands for."""
+MOST_VALUES, DEEPEST = 100_000, 100
+"""How many values a text may stand for, and how deep they may lie in each other."""
 _IDENTITY = ("use", "extends")
 """What a section is made from: where this changes, the options that stood beside it mean nothing any more."""
 
@@ -118,7 +128,7 @@ def _overridden(given: Mapped, overrides: Iterable[str | Mapping[str, Any]]) -> 
 
 
 def _read_layers(path: Path, above: tuple[Path, ...]) -> Mapped:
-    resolved = path.resolve()
+    resolved = _resolved(path)
     if resolved in above:
         chain = " -> ".join(file.name for file in (*above, resolved))
         raise ConfigError(f"{path}: the files extend each other in a circle: {chain}")
@@ -162,8 +172,12 @@ def _extended(given: Mapped, folder: Path, above: tuple[Path, ...]) -> Mapped:
 
 
 def absolute_paths(given: Mapped, folder: Path) -> Mapped:
-    """The config with the paths that it may hold made absolute, and each `run: path` as `run: {extends: path}`."""
+    """The config with the paths that it may hold made absolute, and what it says in one word spelled out: each
+    `run: path` as `run: {extends: path}`, and `runtime: auto`.
+    """
     given = copy.deepcopy(given)
+    if given.get("runtime") == "auto":
+        given["runtime"] = dict(AUTO_RUNTIME)
     if isinstance(given.get("plugins"), list):
         given["plugins"] = [
             _absolute(item, folder) if isinstance(item, str) and item.endswith(".py") else item
@@ -192,7 +206,15 @@ def absolute_paths(given: Mapped, folder: Path) -> Mapped:
 
 def _absolute(path: str, folder: Path) -> str:
     """A path as seen from `folder`; one that starts with an interpolation says for itself where it lies."""
-    return path if path.startswith("${") else str((folder / path).resolve())
+    return path if path.startswith("${") else str(_resolved(folder / path))
+
+
+def _resolved(path: Path) -> Path:
+    """The absolute path, without links. Raises `ConfigError` for what no file can be called."""
+    try:
+        return path.resolve()
+    except (ValueError, OSError, RuntimeError) as error:
+        raise ConfigError(f"{str(path)!r} cannot be the path of a file: {error}") from error
 
 
 class _Loader(yaml.SafeLoader):
@@ -228,7 +250,33 @@ _Loader.add_implicit_resolver(
 
 
 def _yaml(text: str) -> Any:
-    return yaml.load(text, Loader=_Loader)
+    """The value of a YAML text. A short one with anchors may mean more than any memory holds: such is refused first."""
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if (count := _count(node, {}, ())) > MOST_VALUES:
+            raise yaml.YAMLError(f"it stands for more than {MOST_VALUES:,} values ({count:,})")
+        return loader.construct_document(node)
+    except RecursionError as error:
+        raise yaml.YAMLError("it is nested too deeply") from error
+    finally:
+        loader.dispose()
+
+
+def _count(node: yaml.Node, known: dict[int, int], above: tuple[int, ...]) -> int:
+    """How many values a node stands for, with what its anchors repeat."""
+    if id(node) in above:
+        raise yaml.YAMLError(f"an anchor in line {node.start_mark.line + 1} contains itself")
+    if len(above) > DEEPEST:
+        raise yaml.YAMLError("it is nested too deeply")
+    if id(node) not in known:
+        inner = (*above, id(node))
+        parts = node.value if isinstance(node, yaml.CollectionNode) else []
+        pairs = parts if isinstance(node, yaml.MappingNode) else [(part,) for part in parts]
+        known[id(node)] = 1 + sum(_count(part, known, inner) for pair in pairs for part in pair)
+    return known[id(node)]
 
 
 def _one_line(error: BaseException) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +21,8 @@ from kdx.randomness import seeded
 from kdx.types import Batch, DataFacts
 
 UNLABELLED = ("keep", "drop")
+Own = Callable[[list[int]], list[int]]
+"""Which samples of a batch are for this process."""
 
 
 @dataclass
@@ -62,10 +64,13 @@ class View(Split):
 
     def fetch(self, indices: Sequence[int]) -> Batch:
         chosen = torch.as_tensor(indices, dtype=torch.int64)
-        positions = self.positions[chosen]
-        batch = dict(self.source.fetch(positions.tolist()))
+        positions, source = self.positions.index_select(0, chosen), self.source
+        if isinstance(source, TensorSplit):
+            batch = source.take(positions, but=() if self.labels is None else ("label",))
+        else:
+            batch = dict(source.fetch(positions.tolist()))
         if self.labels is not None:
-            batch["label"] = self.labels[chosen]
+            batch["label"] = self.labels.index_select(0, chosen)
         batch["index"] = positions
         return batch
 
@@ -255,8 +260,11 @@ class TensorSplit(Split):
         return len(next(iter(self.tensors.values())))
 
     def fetch(self, indices: Sequence[int]) -> Batch:
-        chosen = torch.as_tensor(indices, dtype=torch.int64)
-        return {name: tensor.index_select(0, chosen) for name, tensor in self.tensors.items()}
+        return self.take(torch.as_tensor(indices, dtype=torch.int64))
+
+    def take(self, positions: Tensor, but: Container[str] = ()) -> Batch:
+        """The samples at `positions` (int64 [B]) as one batch, without some streams: one gather for each."""
+        return {name: tensor.index_select(0, positions) for name, tensor in self.tensors.items() if name not in but}
 
 
 class SampleSplit(Split):
@@ -298,29 +306,34 @@ class Loader:
     a view that is smaller than one batch is one short batch. The batches are the same for any number of `workers`.
     """
 
-    def __init__(self, view: Split, batch: int, seed: int, workers: int = 0) -> None:
+    def __init__(self, view: Split, batch: int, seed: int, workers: int = 0, own: Own | None = None) -> None:
         self.steps_per_epoch = max(1, len(view) // batch)
-        self._size = len(view)
+        self.size = min(batch, len(view))
+        self._samples = len(view)
         self._batch = batch
         self._seed = seed
+        self._own = own
         self._reader = _Reader(view, workers)
 
-    def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of epoch `number` (from 1) without the first `start`, which are not read either.
+    def epoch(self, number: int, start: int = 0, *, whole: bool = False) -> Iterator[Batch]:
+        """The batches of epoch `number` (from 1) without the first `start`, which are not read either; of each batch
+        what is this process's `own`, or the `whole`.
 
         With workers, an epoch ends where a later call begins to read: they share the worker processes.
         """
-        order = torch.randperm(self._size, generator=seeded("order", self._seed, number)).tolist()
-        return self._reader.read(_batches(order, self._batch)[start : self.steps_per_epoch])
+        order = torch.randperm(self._samples, generator=seeded("order", self._seed, number)).tolist()
+        own = None if whole else self._own
+        return self._reader.read(_batches(order, self._batch, own)[start : self.steps_per_epoch])
 
 
-def in_order(view: Split, batch: int, workers: int = 0) -> Iterator[Batch]:
-    """All samples of a view in their order, for evaluation; the last batch may be short."""
-    return _Reader(view, workers).read(_batches(list(range(len(view))), batch))
+def in_order(view: Split, batch: int, workers: int = 0, own: Own | None = None) -> Iterator[Batch]:
+    """All samples of a view in their order, for evaluation, or what of each batch is `own`; the last may be short."""
+    return _Reader(view, workers).read(_batches(list(range(len(view))), batch, own))
 
 
-def _batches(order: list[int], batch: int) -> list[list[int]]:
-    return [order[first : first + batch] for first in range(0, len(order), batch)]
+def _batches(order: list[int], batch: int, own: Own | None) -> list[list[int]]:
+    batches = [order[first : first + batch] for first in range(0, len(order), batch)]
+    return batches if own is None else [own(indices) for indices in batches]
 
 
 class _Reader:

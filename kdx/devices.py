@@ -29,9 +29,10 @@ def pick_device(name: str, where: str = "runtime.device") -> torch.device:
 def pick_precision(name: str, device: torch.device, where: str = "runtime.precision") -> str:
     """The precision of forward passes: `auto` is bf16 (else fp16) on a GPU and fp32 elsewhere.
 
-    A CPU without bf16 units is more than ten times slower in bf16, so `auto` never takes it there.
+    So is `measured` where nothing has been measured yet. A CPU without bf16 units is more than ten times slower in
+    bf16, so `auto` never takes it there.
     """
-    if name == "auto":
+    if name in ("auto", "measured"):
         if device.type != "cuda":
             return "fp32"
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"

@@ -39,12 +39,13 @@ class Finding:
 class Unit:
     """Configs by their places in the study, which one worker carries out side by side.
 
-    With `fresh` they are trained anew, except for the folders `trained`, for which that has been done.
+    With `fresh` they are trained anew, each once for the `command` that the unit is of: one that is begun again, since
+    its process died, goes on.
     """
 
     configs: Mapping[int, Mapping[str, Any]]
     fresh: bool = False
-    trained: tuple[str, ...] = ()
+    command: str = ""
 
 
 Found = Callable[[Finding], None]
@@ -87,8 +88,9 @@ def carry_out_study(
         for parcel in parcels:
             carry_out_together({place: ready[place] for place in parcel}, options, board.found)
     else:
-        trained = _carry_out_needs([*ready.values()], options, execute)
-        units = [Unit({place: trials[place].config for place in parcel}, options.fresh, trained) for parcel in parcels]
+        _carry_out_needs([*ready.values()], options, execute)
+        configs = ({place: trials[place].config for place in parcel} for parcel in parcels)
+        units = [Unit(own, options.fresh, options.command) for own in configs]
         execute(units, board.found, options.stop)
     return board.outcomes()
 
@@ -98,8 +100,7 @@ def carry_out_unit(unit: Unit, stop: Callable[[], bool], found: Found, console: 
     asked to stop.
     """
     silent = Console(file=StringIO())
-    trained = {Path(folder) for folder in unit.trained}
-    options = Options(unit.fresh, console or silent, quiet=console is None, stop=stop, trained=trained)
+    options = Options(unit.fresh, console or silent, quiet=console is None, stop=stop, command=unit.command)
     ready: dict[int, Prepared] = {}
     for place, config in unit.configs.items():
         if console is not None:
@@ -185,8 +186,8 @@ def _parcels(ready: Mapping[int, Prepared], fan_out: bool, jobs: int) -> Iterato
             yield [places[number] for number in group[first:last]]
 
 
-def _carry_out_needs(ready: Sequence[Prepared], options: Options, execute: Executor) -> tuple[str, ...]:
-    """Train the runs that trials need, so that no two units wait for the same one; gives their folders.
+def _carry_out_needs(ready: Sequence[Prepared], options: Options, execute: Executor) -> None:
+    """Train the runs that trials need, so that no two units wait for the same one.
 
     Where one fails, the trials that need it will say why.
     """
@@ -196,12 +197,9 @@ def _carry_out_needs(ready: Sequence[Prepared], options: Options, execute: Execu
         for one, _ in family(prepared, options)
         if one is not prepared and (options.fresh or not finished(one))
     }
-    done: list[str] = []
     while waiting:
         now = [one for one in waiting.values() if not any(need.folder in waiting for need in one.needs.values())]
-        units = [Unit({number: one.spec.config}, options.fresh, tuple(done)) for number, one in enumerate(now)]
+        units = [Unit({number: one.spec.config}, options.fresh, options.command) for number, one in enumerate(now)]
         execute(units, lambda finding: None, options.stop)
         for one in now:
             del waiting[one.folder]
-            done.append(str(one.folder))
-    return tuple(done)

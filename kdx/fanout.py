@@ -15,13 +15,16 @@ from dataclasses import asdict, dataclass, replace
 import psutil
 import torch
 
+from kdx.backends import backend_of
 from kdx.calls import ModelCall, Values, execute
 from kdx.devices import pick_device
 from kdx.feed import Feed
 from kdx.loop import Session
 from kdx.options import plain_options
 from kdx.plan import Plan
+from kdx.ranges import AUTO, EAGER
 from kdx.reach import base_of
+from kdx.recall import RecallCall
 from kdx.result import Result
 from kdx.runs import Options, Prepared, Stopped, check_run, family, finished, steps_of, to_its_end
 from kdx.taps import Tapped, read_taps
@@ -50,11 +53,16 @@ class Shared(Feed):
 
     def join(self, session: Session) -> None:
         """Let a session read here instead of for itself."""
-        self._feed = self._feed or session.feed
+        own = session.feed
+        self._feed = self._feed or own
         session.feed = self
-        calls = [call for call in session.plan.teacher_calls if isinstance(call, ModelCall)]
+        self._feed.recall.add(own.recall.stored)
+        self._feed.read_also(own.streams)
+        calls = [call for call in session.plan.teacher_calls
+                 if isinstance(call, ModelCall) and not isinstance(call, RecallCall)]  # fmt: skip
         if session.spec.runtime.teacher_batching == "always":
             calls = []  # they are one call, which is the session's own
+        calls = [call for call in calls if backend_of(session.plan, call) in (EAGER, AUTO)]  # others are its own, too
         names = {call.name for call in calls if self._take(session, call)}
         session.teachers.share(self.models, names)
 
@@ -64,6 +72,10 @@ class Shared(Feed):
             self._given.clear()
             self._step, self._batch = step, self._feed.at(step)
         return self._batch
+
+    def plain(self, batch: Batch) -> Batch:
+        assert self._feed is not None
+        return self._feed.plain(batch)
 
     def models(self, batch: Batch) -> Values:
         """What the shared models give for a batch, or for a part of one, of the present update."""
@@ -143,8 +155,9 @@ def groups(runs: Sequence[Prepared]) -> list[list[int]]:
         spec = run.spec
         data = [spec.data.entry.component.name, plain_options(spec.data.options), asdict(spec.splits)]
         views = {name: plain_options(spec.views[name].options) for name in run.reached.views}
-        batches = [spec.train.batch, spec.train.accumulate, spec.train.calibration, spec.root.seed]
-        key = json.dumps([data, views, batches, asdict(spec.runtime), run.dataset.fingerprint()], default=str)
+        batches = [spec.view_count, spec.train.batch, spec.train.accumulate, spec.train.calibration, spec.root.seed]
+        alone = place if spec.train.micro_batch == AUTO else None  # what fits is found out without others
+        key = json.dumps([alone, data, views, batches, asdict(spec.runtime), run.dataset.fingerprint()], default=str)
         found.setdefault(key, []).append(place)
     return list(found.values())
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kdx.calls import Call, Key, ModelCall, Values
 from kdx.errors import KdxError, PlanError
+from kdx.presence import ALWAYS, blank, held
 from kdx.taps import LOGITS
 from kdx.types import Batch, Shape
 
@@ -22,17 +23,16 @@ EVERY = 50
 """After so many updates the flags are read."""
 NAMED = 8
 """How many samples a message names."""
-_NO_INDEX = torch.iinfo(torch.int64).max
 
 
 @dataclass(frozen=True)
 class Marks:
-    """Which answers for a batch are bad, teachers by samples: `bad` [T, B] must be refused, `dropped` [T, B] was made
-    good by those of other teachers.
+    """Which answers for a batch are bad, teachers by samples: where `bad` [T, B] is not 0 they must be refused, where
+    `dropped` [T, B] is true they were made good by those of other teachers. None where there is no such group.
     """
 
     bad: Tensor
-    dropped: Tensor
+    dropped: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -49,18 +49,29 @@ class Guarded:
     def inspect(self, values: Values) -> Marks:
         """Mark answers that are not finite. In a group, such logits are replaced by the mean of the other teachers'
         logits for that sample, which leaves the teacher out of a mean; where all of them are bad, none is.
+
+        Before, what a teacher gives for a sample that lacks what it reads is replaced by 0: neither bad nor good.
         """
+        present = {call.name: held(call.presence, values) for call in self.calls if call.presence != ALWAYS}
+        for call in self.calls:
+            if call.name in present:
+                values.update({key: blank(values[key], present[call.name]) for key in call.gives})
+        if not self.groups:
+            return Marks(torch.stack([_trace([values[key] for key in call.gives]) for call in self.calls]))
         bad = {call.name: _not_finite([values[key] for key in call.gives]) for call in self.calls}
         dropped = {name: torch.zeros_like(found) for name, found in bad.items()}
         for keys in self.groups:
             logits = [values[key] for key in keys]
             good = torch.stack([~_not_finite([value]) for value in logits])  # [M, B]
-            count = good.sum(0)
+            owners = [key.rpartition(".")[0] for key in keys]
+            asked = torch.stack(
+                [present.get(name, torch.ones_like(own)) for name, own in zip(owners, good, strict=True)]
+            )
+            count = (good & asked).sum(0)
             shaped = [own.reshape(-1, *[1] * (value.ndim - 1)) for own, value in zip(good, logits, strict=True)]
-            clean = [torch.where(own, value, 0) for own, value in zip(shaped, logits, strict=True)]
+            clean = [blank(value, own) for own, value in zip(good & asked, logits, strict=True)]
             mean = torch.stack(clean).sum(0) / count.clamp(min=1).reshape(shaped[0].shape)
-            for key, own, good_here, value in zip(keys, good, shaped, logits, strict=True):
-                name = key.rpartition(".")[0]
+            for key, name, own, good_here, value in zip(keys, owners, good, shaped, logits, strict=True):
                 values[key] = torch.where(good_here, value, mean.to(value.dtype))
                 dropped[name] = ~own & (count > 0)
                 rest = [values[other] for other in self._gives(name) if other != key]
@@ -105,24 +116,17 @@ class Guard:
     def __init__(self, guarded: Guarded, device: torch.device) -> None:
         self.names = guarded.names
         self._drops = bool(guarded.groups)
+        self._waiting: list[tuple[int, Tensor, Tensor]] = []
         count = len(self.names)
-        self._bad = torch.zeros(count, dtype=torch.int64, device=device)
-        self._step = torch.full((count,), -1, dtype=torch.int64, device=device)
-        self._indices = torch.full((count, NAMED), _NO_INDEX, dtype=torch.int64, device=device)
         self._dropped = torch.zeros(count, dtype=torch.int64, device=device)
         self._now = torch.zeros(count, dtype=torch.int64, device=device)
 
     def add(self, step: int, batch: Batch, marks: Marks | None) -> None:
-        """Take in the marks for a batch, or a part of one, of the update `step`."""
+        """Take in the marks for a batch, or a part of one, of the update `step`. They wait for `check` as they are."""
         if marks is None:
             return
-        found = marks.bad.sum(1)
-        index = torch.where(marks.bad, batch["index"], _NO_INDEX).sort(1).values[:, :NAMED]
-        new = (self._step < 0) & (found > 0)
-        self._step = torch.where(new, step, self._step)
-        self._indices[:, : index.shape[1]] = torch.where(new.unsqueeze(1), index, self._indices[:, : index.shape[1]])
-        self._bad = self._bad + found
-        if self._drops:
+        self._waiting.append((step, batch["index"], marks.bad))
+        if marks.dropped is not None:
             self._now = self._now + marks.dropped.sum(1)
 
     def update(self) -> dict[str, Tensor]:
@@ -135,22 +139,25 @@ class Guard:
 
     def check(self) -> None:
         """Refuse bad answers so far. Waits for the device."""
-        if not self.names:
+        waiting, self._waiting = self._waiting, []
+        if not waiting:
             return
-        counts = self._bad.tolist()
+        counts = (torch.cat([bad for _, _, bad in waiting], 1) != 0).sum(1).tolist()
         for place, count in enumerate(counts):
             if count:
-                named = [str(index) for index in self._indices[place].tolist() if index != _NO_INDEX]
-                more = ", ..." if len(named) == NAMED else ""
+                found = ((step, index[bad[place] != 0].tolist()) for step, index, bad in waiting)
+                step, samples = next((step, samples) for step, samples in found if samples)
+                named = [str(sample) for sample in sorted(samples)]
+                more = ", ..." if len(named) >= NAMED else ""
                 advice = (
                     "no other teacher could stand in for it"
                     if self._drops
                     else "or leave such answers out with `on_bad_teacher: drop`"
                 )
                 raise KdxError(
-                    f"teachers.{self.names[place]}: it gave nan or inf for {count} samples, first in update "
-                    f"{int(self._step[place])} (batch.index {', '.join(named)}{more}); expected finite numbers: check "
-                    f"its weights and its precision, {advice}"
+                    f"teachers.{self.names[place]}: it gave nan or inf for {count} samples, first in update {step} "
+                    f"(batch.index {', '.join(named[:NAMED])}{more}); expected finite numbers: check its weights and "
+                    f"its precision, {advice}"
                 )
 
     def dropped(self) -> dict[str, int]:
@@ -166,12 +173,25 @@ class Guard:
         self._dropped = state["dropped"].to(self._dropped.device)
 
 
+def _trace(values: Sequence[Tensor]) -> Tensor:
+    """[B], 0 where all numbers of a sample are finite and nan elsewhere, in few operations: it runs in every update.
+
+    The sum is in float32 at least, whose range no sum of answers of half precision leaves.
+    """
+    found: Tensor | None = None
+    for value in values:
+        trace = value.reshape(len(value), -1).sum(1, dtype=torch.promote_types(value.dtype, torch.float32)).mul_(0)
+        found = trace if found is None else found + trace
+    assert found is not None
+    return found
+
+
 def _not_finite(values: Sequence[Tensor]) -> Tensor:
     """[B], whether any number of a sample is nan or inf."""
     found: Tensor | None = None
     for value in values:
         low, high = value.reshape(len(value), -1).aminmax(dim=1)  # nan passes through both
-        bad = ~(torch.isfinite(low) & torch.isfinite(high))
+        bad = low.mul(0).add_(high.mul(0)) != 0  # inf times 0 is nan, which differs from everything
         found = bad if found is None else found | bad
     assert found is not None
     return found

@@ -16,10 +16,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from kdx.cache import changes
+from kdx.cache_options import read_cache
 from kdx.components import Dataset, Schedule
 from kdx.errors import CheckpointError
 from kdx.options import plain_options
 from kdx.plugins import Entry, Plugin
+from kdx.ranges import AUTO
 from kdx.reach import Reach, base_of
 from kdx.spec import ModelSpec, NodeSpec, Part, RunSpec
 
@@ -33,8 +36,10 @@ def run_hash(spec: RunSpec, dataset: Dataset, reached: Reach, needs: Mapping[str
     whatever no loss reads do not count.
     """
     train = asdict(spec.train)
-    for key in ("save", "lr"):
+    for key in ("save", "save_minutes", "lr"):
         train.pop(key)
+    if train["micro_batch"] != AUTO:
+        train.pop("micro_batch")  # it is in `accumulate`
     content = {
         "seed": spec.root.seed,
         "data": [
@@ -43,7 +48,9 @@ def run_hash(spec: RunSpec, dataset: Dataset, reached: Reach, needs: Mapping[str
             dataset.fingerprint(),
         ],
         "views": {name: _view(spec.views[name]) for name in reached.views},
-        "models": {name: _model(spec.models[name], _fields(reached, name), needs.get(name)) for name in reached.models},
+        "models": {
+            name: model_content(spec.models[name], _fields(reached, name), needs.get(name)) for name in reached.models
+        },
         "nodes": {name: _node(node, reached, name) for name, node in reached.nodes.items()},
         "metrics": [_part(part) for part in spec.metrics],
         "train": [train, _knob(spec.lr), _part(spec.updater)],
@@ -52,6 +59,12 @@ def run_hash(spec: RunSpec, dataset: Dataset, reached: Reach, needs: Mapping[str
     }
     if spec.root.on_bad_teacher != "refuse" and any(spec.models[name].frozen for name in reached.models):
         content["on_bad_teacher"] = spec.root.on_bad_teacher
+    if spec.root.on_nonfinite != "stop":
+        content["on_nonfinite"] = spec.root.on_nonfinite
+    if spec.view_count is not None:
+        content["view_count"] = spec.view_count
+    if caches := {name: own for name in reached.models if (own := _cache(spec.models[name])) is not None}:
+        content["caches"] = caches
     text = json.dumps(content, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -68,7 +81,14 @@ def used_plugins(spec: RunSpec, reached: Reach) -> list[Plugin]:
 
 
 def environment(
-    spec: RunSpec, reached: Reach, *, hash: str, needs: Mapping[str, str], device: str, precision: str
+    spec: RunSpec,
+    reached: Reach,
+    *,
+    hash: str,
+    needs: Mapping[str, str],
+    device: str,
+    precision: str,
+    processes: int = 1,
 ) -> dict[str, Any]:
     """Versions, plugins, seeds and the git revision of the working folder, for `environment.json`."""
     return {
@@ -82,6 +102,7 @@ def environment(
         "system": platform.platform(),
         "processor": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
+        "processes": processes,
         "device": device,
         "gpu": torch.cuda.get_device_name() if device.startswith("cuda") else None,
         "precision": precision,
@@ -129,7 +150,8 @@ def _view(view: Part) -> str:
     return _in_order(view.entry, view.options, view.entry.component.places)
 
 
-def _model(spec: ModelSpec, fields: Iterable[str], need: str | None) -> dict[str, Any]:
+def model_content(spec: ModelSpec, fields: Iterable[str], need: str | None) -> dict[str, Any]:
+    """What decides the answers of a model. `fields` are those that are read; `need` the hash of the run it is from."""
     checkpoint = spec.engine.checkpoint
     weights = file_digest(Path(checkpoint), f"{spec.where}.checkpoint") if checkpoint is not None else None
     options = plain_options(spec.options)
@@ -144,6 +166,12 @@ def _model(spec: ModelSpec, fields: Iterable[str], need: str | None) -> dict[str
         "trainable": spec.engine.trainable,
         "weights": [weights, need],
     }
+
+
+def _cache(spec: ModelSpec) -> list[Any] | None:
+    """What the cache of a teacher changes in the numbers of a run."""
+    options = read_cache(spec.engine.cache, f"{spec.where}.cache")
+    return None if options is None else changes(options, alone=not spec.at_hand)
 
 
 def _node(node: NodeSpec, reached: Reach, name: str) -> dict[str, Any]:

@@ -10,29 +10,36 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kdx.batched import alike
 from kdx.calls import Key
 from kdx.components import Dataset, Given, Metric, Network, Schedule
 from kdx.data import Loader, Splits, View, in_order
 from kdx.deploy import deployed
+from kdx.diagnosis import check_numbers
 from kdx.errors import ConfigError
-from kdx.feed import Feed
+from kdx.feed import Feed, streams_read
 from kdx.functional import Present
-from kdx.guard import EVERY, Guard
+from kdx.group import Group
+from kdx.guard import EVERY, Guard, Marks
+from kdx.memory import EVALUATION, TRAINING, explained
 from kdx.modules import Average, Knobs, Learner, Teachers, overrides, trained
+from kdx.nonfinite import SKIP, Rollback, finite_names
 from kdx.optim import Trained, make_optimizer, set_lr
 from kdx.plan import Plan
 from kdx.probe import without_trace
 from kdx.randomness import seeded
+from kdx.recall import stored_of
 from kdx.runtime import Runtime
+from kdx.shards import whole
 from kdx.shown import Tally
 from kdx.spec import Part, RunSpec
-from kdx.types import Batch, Clock, DataFacts, EvalReport, StepReport
+from kdx.spread import check_alike, lends, spread
+from kdx.types import Batch, Clock, DataFacts, EvalReport, Losses, StepReport
 from kdx.updater import Updater
 
 Watch = Callable[[Any], None]
@@ -49,6 +56,7 @@ class Session:
     runtime: Runtime
     teachers: Teachers
     learner: Learner
+    forward: Callable[..., Losses]
     deployed: Network
     knobs: Knobs
     updater: Updater
@@ -62,6 +70,10 @@ class Session:
     step: int = 0
     best: dict[str, Any] | None = None
     last: dict[str, Any] | None = None
+    accumulate: int = 1
+    rollback: Rollback | None = None
+    sound: frozenset[str] = frozenset()
+    """The weights and statistics that were finite at the start."""
 
     @property
     def clock(self) -> Clock:
@@ -79,36 +91,48 @@ class Session:
 
 @dataclass(frozen=True)
 class Watchers:
-    """Who looks on: each a callable made once. `save` is called when the state is worth keeping."""
+    """Who looks on: each a callable made once. `save` is called when the state is worth keeping, which within an epoch
+    is when `is_due` says so.
+    """
 
     step_end: Watch
     eval_end: Watch
     improved: Callable[[Session], None]
     save: Callable[[Session], None]
     stop: Callable[[], bool] = field(default=lambda: False)
+    is_due: Callable[[Session], bool] = field(default=lambda session: False)
 
 
 def make_session(spec: RunSpec, plan: Plan, dataset: Dataset, splits: Splits, runtime: Runtime) -> Session:
     """Modules on the device, optimizer, loader: all that can be made before the first step."""
-    options = spec.train
+    options, group = spec.train, runtime.group
+    plan = spread(plan, group)
     teachers, learner = Teachers(plan), Learner(plan)
     runtime.place(teachers)
     runtime.place(learner)
-    loader = Loader(splits.train, options.batch, spec.root.seed, spec.runtime.workers)
+    own = partial(group.own, parts=options.accumulate)
+    loader = Loader(splits.train, options.batch, spec.root.seed, spec.runtime.workers, own)
+    group.expect(loader.size, options.accumulate)
     steps_per_epoch, steps = length(spec, len(splits.train))
     peak = highest(spec.lr, steps_per_epoch, steps)
     updater = make_updater(spec, plan).to(runtime.device)
+    network, reads = runtime.mirror(deployed(plan)), streams_read(plan)
+    forward = runtime.join(learner, by_hand=updater.eager, lent=lends(plan))
     groups = [*trained(spec, learner), Trained([*updater.parameters()], 1.0, 0.0)]
     optimizer = make_optimizer(groups, options.optimizer, device=runtime.device, peak=peak)
     runtime.prepare(learner, optimizer, options.clip, [*updater.parameters()])
     updater.prepare(runtime)
-    network = deployed(plan)
     average = Average(network, options.ema) if options.ema is not None else None
     knobs = Knobs(plan, runtime.device)
+    runtime.faults.skip = spec.root.on_nonfinite == SKIP
+    rollback = Rollback([learner, teachers.nodes, updater], runtime.faults.found) if runtime.faults.skip else None
+    stored, wanted = stored_of(plan.teacher_calls), streams_read(plan, training=True)
+    feed = Feed(loader, dataset, runtime, spec.root.seed, spec.view_count, stored, wanted)
     return Session(
-        spec, plan, dataset, splits, runtime, teachers, learner, network, knobs, updater, loader,
-        Feed(loader, dataset, runtime, spec.root.seed), average, Tally(plan.shown, plan.facts.classes),
-        Guard(plan.guarded, runtime.device), steps, steps_per_epoch,
+        spec, plan, dataset.reading(reads), splits, runtime, teachers, learner, forward, network, knobs, updater,
+        loader, feed, average, Tally(plan.shown, plan.facts.classes), Guard(plan.guarded, runtime.device), steps,
+        steps_per_epoch, accumulate=options.accumulate, rollback=rollback,
+        sound=finite_names(whole(learner.state_dict())),
     )  # fmt: skip
 
 
@@ -153,6 +177,7 @@ def training(session: Session, watchers: Watchers) -> Iterator[None]:
     session.learner.train()
     nodes = (*session.teachers.nodes.values(), *session.learner.nodes.values())
     changers = [node for node in nodes if overrides(node, "after_update")]  # type: ignore[arg-type]
+    named = {**session.teachers.nodes, **session.learner.nodes}
     while session.step < session.steps:
         yield
         batch = session.feed.at(session.step)
@@ -160,27 +185,36 @@ def training(session: Session, watchers: Watchers) -> Iterator[None]:
         knobs = session.knobs.at(clock)
         lr = session.schedule()
         set_lr(session.runtime.optimizer, lr)
-        terms, moved = step(session, batch, knobs)
+        session.runtime.group.begin(session.spec.root.seed, session.step)
+        with explained(session, TRAINING):
+            terms, moved = step(session, batch, knobs)
         moved |= {key: knobs[key] for key in session.knobs.moving}
         moved |= products(session.updater.shown(), {**knobs, **moved})
         session.step += 1
+        if session.rollback is not None:
+            session.rollback.restore()
         if session.average is not None:
+            session.runtime.refresh()
             session.average.update(session.clock)
         with torch.no_grad():
             for node in changers:
                 node.after_update(session.clock)  # type: ignore[operator]
             session.updater.after_update(session.clock)
-        shown = session.tally.update() | session.guard.update()
-        watchers.step_end(StepReport(session.clock, lr, terms, moved, len(batch["index"]), shown))
+        if session.rollback is not None:
+            session.rollback.restore()  # what these hooks put into buffers
+        shown = session.tally.update() | session.guard.update() | session.runtime.faults.update()
+        watchers.step_end(StepReport(session.clock, lr, terms, moved, session.runtime.group.samples(batch), shown))
         if session.step % EVERY == 0 or _epoch_is_due(session, 1):
-            session.guard.check()  # waits for the device
+            check_numbers(session, weights=_epoch_is_due(session, 1))  # waits for the device
+            check_alike(session.runtime.group, named)
         if _epoch_is_due(session, 1):
             for report in session.tally.epoch(session.clock):
                 watchers.eval_end(report)
         if _epoch_is_due(session, session.spec.train.evaluate):
-            validate(session, watchers)
-        if _epoch_is_due(session, session.spec.train.save) or session.step == session.steps or watchers.stop():
-            session.guard.check()
+            with explained(session, EVALUATION):
+                validate(session, watchers)
+        if _epoch_is_due(session, session.spec.train.save) or watchers.is_due(session) or watchers.stop():
+            check_numbers(session, weights=not _epoch_is_due(session, 1))
             watchers.save(session)
             if watchers.stop():
                 return
@@ -188,26 +222,27 @@ def training(session: Session, watchers: Watchers) -> Iterator[None]:
 
 def step(session: Session, batch: Batch, knobs: Mapping[Key, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """One update. Returns the terms, `total` among them, and the knobs read from nodes, as means over the batch."""
-    runtime, accumulate = session.runtime, session.spec.train.accumulate
+    runtime, group = session.runtime, session.runtime.group
     terms: dict[str, Tensor] = {}
     moved: dict[str, Tensor] = {}
-    parts = [batch] if accumulate == 1 else split(batch, accumulate)
-    size = len(batch["index"])
-    for part in parts:
-        share = len(part["index"]) / size
+    if session.rollback is not None:
+        session.rollback.save()
+    for part, share, last in group.parts(batch, session.accumulate):
         with runtime.stopwatch.phase("teachers"), runtime.autocast():
             kept = session.teachers(part, knobs)
-        session.guard.add(session.step + 1, part, session.teachers.marks)
-        with runtime.stopwatch.phase("student"):
+        session.guard.add(session.step + 1, *everywhere(group, part, session.teachers.marks))
+        with runtime.stopwatch.phase("student"), runtime.syncing(last):
             with runtime.autocast():
-                losses = session.learner(part, kept, knobs)
+                own: Losses = session.forward(part, kept, knobs)
+            runtime.faults.add(session.step + 1, part["index"], own)
+            losses = group.over_all(own)
             present = Present(session.teachers, session.learner, part, kept, knobs, runtime.autocast)
             runtime.look(part, present.losses)
             session.updater.backward(losses, share, runtime)
         add_means(terms, {"total": losses.total.detach(), **losses.terms}, share)
         add_means(moved, losses.knobs, share)
         with torch.no_grad():
-            session.tally.add(part, losses.shown)
+            session.tally.add(*group.seen(part, losses.shown))
     with runtime.stopwatch.phase("student"):
         session.updater.step(runtime)
     return terms, moved
@@ -225,22 +260,13 @@ def add_means(sums: dict[str, Tensor], values: Mapping[str, Tensor], share: floa
         sums[name] = mean if share == 1 else sums.get(name, 0.0) + mean * share
 
 
-def split(batch: Batch, count: int) -> list[Batch]:
-    """A batch in `count` parts of nearly equal size."""
-    chunks = {name: value.chunk(count) for name, value in batch.items()}
-    return [{name: part[i] for name, part in chunks.items()} for i in range(len(chunks["index"]))]
-
-
-def batch_teachers(session: Session, known: list[list[str]] | None) -> tuple[str, ...]:
-    """Decide which teachers are one call, on training samples; gives what to say of it. See `Teachers.batch`."""
-    count = session.spec.train.batch // session.spec.train.accumulate
-    if not alike(session.plan, session.teachers.live):
-        return ()
-    batch = session.splits.train.fetch(range(min(count, len(session.splits.train))))
-    with torch.no_grad():
-        batch = session.dataset.on_device(session.runtime.move(batch), None)
-        with session.runtime.autocast():
-            return session.teachers.batch(session.plan, batch, session.runtime.wait, known)
+def everywhere(group: Group, part: Batch, marks: Marks | None) -> tuple[Batch, Marks | None]:
+    """Marks of a part of a batch, and which samples they are of, of all processes."""
+    if marks is None or group.size == 1:
+        return part, marks
+    index = {"index": group.gather(part["index"])}
+    dropped = None if marks.dropped is None else group.gather(marks.dropped.T).T
+    return index, Marks(group.gather(marks.bad.T).T, dropped)
 
 
 def calibrate(session: Session) -> None:
@@ -248,9 +274,9 @@ def calibrate(session: Session) -> None:
     nodes = [*session.teachers.nodes.values(), *session.learner.nodes.values()]
     if not any(overrides(node, "calibrate") for node in nodes):  # type: ignore[arg-type]
         return
-    source = session.loader.epoch(1, 0)
+    source = session.loader.epoch(1, 0, whole=True)
     for _, batch in zip(range(session.spec.train.calibration), source, strict=False):
-        batch = session.dataset.on_device(session.runtime.move(batch), None)
+        batch = session.feed.plain(batch)
         knobs = session.knobs.at(session.clock)
         models = session.learner.models.values()
         with torch.no_grad(), without_trace(*models), session.runtime.autocast():
@@ -261,6 +287,7 @@ def calibrate(session: Session) -> None:
 def validate(session: Session, watchers: Watchers) -> None:
     """Evaluate the student on the validation split and remember whether it is the best so far."""
     options, clock = session.spec.train, session.clock
+    session.runtime.refresh()
     metrics: dict[str, float] = {}
     if session.splits.val is not None:
         metrics = evaluate(session, session.splits.val, session.student.answer).numbers
@@ -288,18 +315,19 @@ class Evaluation:
 def evaluate(session: Session, view: View, answer: Callable[[Batch], Tensor]) -> Evaluation:
     """Every metric of the config for the logits that `answer` gives on a split."""
     metrics = tuple(make_metric(part, session.plan.facts, session.runtime.device) for part in session.spec.metrics)
+    group, size = session.runtime.group, session.spec.runtime.eval_batch
     with session.runtime.stopwatch.phase("evaluation"), evaluating(session.learner):
-        for batch in in_order(view, session.spec.runtime.eval_batch, session.spec.runtime.workers):
+        for batch in group.over(in_order(view, size, session.spec.runtime.workers, group.share), len(view), size):
             batch = session.dataset.on_device(session.runtime.move(batch), None)
             with session.runtime.autocast():
                 values = {"student.logits": answer(batch).float()}
             values |= {f"batch.{name}": value for name, value in batch.items()}
             for metric in metrics:
-                metric.update(**{name: values[key] for name, key in metric.inputs.items()})
+                metric.update(**{name: group.gather(values[key]) for name, key in metric.inputs.items()})
         numbers: dict[str, float] = {}
         for metric in metrics:
             numbers |= metric.compute()
-    return Evaluation(numbers, metrics)
+    return Evaluation(group.agreed(numbers), metrics)
 
 
 class evaluating:  # noqa: N801  (a context manager, used as a verb)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Container, Mapping
+import functools
+from collections.abc import Callable, Container, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Self
 
 import torch
 from torch import Tensor, nn
 
-from kdx.batched import Together, alike, choose
-from kdx.calls import Call, Key, ModelCall, NodeCall, Values, execute, weighted
+from kdx.calls import Call, Key, ModelCall, NodeCall, StandIn, Values, execute, weighted
 from kdx.components import Network, Node, Schedule
 from kdx.guard import Marks
 from kdx.optim import Trained
 from kdx.plan import Plan
+from kdx.recall import RecallCall
 from kdx.spec import RunSpec
 from kdx.taps import Tapped
 from kdx.types import Batch, Clock, Losses
@@ -52,8 +54,9 @@ class Teachers(nn.Module):
     def __init__(self, plan: Plan) -> None:
         super().__init__()
         self._models = tuple(call for call in plan.teacher_calls if isinstance(call, ModelCall))
-        self.live = self._models
-        self._together: tuple[Together, ...] = ()
+        self._recalled = tuple(call for call in self._models if isinstance(call, RecallCall))
+        self.live = tuple(call for call in self._models if not isinstance(call, RecallCall))
+        self.stand_ins: tuple[StandIn, ...] = ()
         self._nodes = tuple(call for call in plan.teacher_calls if isinstance(call, NodeCall))
         self._guarded = plan.guarded
         self.marks: Marks | None = None
@@ -70,33 +73,13 @@ class Teachers(nn.Module):
     def share(self, source: Callable[[Batch], Values], names: Container[str]) -> None:
         """Take what the models `names` give for a batch from `source`, which runs them for several learners at once."""
         self._source = source
-        self.live = tuple(call for call in self._models if call.name not in names)
+        self.live = tuple(call for call in self.live if call.name not in names)
 
-    @property
-    def batched(self) -> list[list[str]]:
-        """The names of the models that are one call."""
-        return [[call.name for call in one.calls] for one in self._together]
-
-    def batch(
-        self, plan: Plan, given: Batch, wait: Callable[[], None], known: list[list[str]] | None
-    ) -> tuple[str, ...]:
-        """Make one call of teachers that are alike where that is faster, or where it was found so before (`known`).
-
-        Gives a line for each group; see `kdx.batched`.
-        """
-        options = plan.spec.runtime
-        if options.teacher_batching == "never" or options.compile or options.channels_last:
-            return ()
-        groups = alike(plan, self.live)
-        if known is not None and options.teacher_batching == "auto":
-            groups = [group for group in groups if [call.name for call in group] in known]
-        always = options.teacher_batching == "always" or known is not None
-        with torch.no_grad():
-            choice = choose(groups, given, always=always, wait=wait)
-        self._together = choice.adopted
-        one = {call.name for together in choice.adopted for call in together.calls}
-        self.live = tuple(call for call in self.live if call.name not in one)
-        return choice.lines
+    def adopt(self, stand_ins: Sequence[StandIn]) -> None:
+        """Let these answer for training batches in place of the live models that they name."""
+        taken = {call.name for one in stand_ins for call in one.calls}
+        self.stand_ins = (*self.stand_ins, *stand_ins)
+        self.live = tuple(call for call in self.live if call.name not in taken)
 
     @torch.no_grad()
     def forward(self, batch: Batch, knobs: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
@@ -104,9 +87,10 @@ class Teachers(nn.Module):
         values = _start(batch, knobs)
         if self._source is not None:
             values.update(self._source(batch))
+        execute(self._recalled, values)
         execute(self.live, values)
-        for together in self._together:
-            together.run(values)
+        for one in self.stand_ins:
+            one.run(values)
         self._guard(values)
         execute(self._nodes, values)
         return {key: values[key] for key in self._kept}
@@ -147,6 +131,7 @@ class Learner(nn.Module):
         super().__init__()
         self._calls = plan.learner_calls
         self._losses = plan.loss_calls
+        self._units = frozenset(key for key, knob in plan.knobs.items() if knob == 1.0)
         self._knobs = plan.read_knobs
         self._shown = plan.shown
         self.models = nn.ModuleDict(_models(plan.learner_calls))
@@ -163,10 +148,10 @@ class Learner(nn.Module):
         values = _start(batch, knobs)
         values.update(kept)
         execute(self._calls, values)
-        with torch.autocast(next(iter(batch.values())).device.type, enabled=False):
+        with _without_autocast(next(iter(batch.values())).device.type):
             execute(self._losses, values)
-            parts = weighted(self._losses, values)
-            total = torch.stack([*parts.values()]).sum()
+            parts = weighted(self._losses, values, self._units)
+            total = functools.reduce(torch.add, parts.values())
         terms = {call.name.removeprefix("losses."): values[call.gives[0]].detach() for call in self._losses}
         knobs = {name: values[key].detach() for name, key in self._knobs.items()}
         shown = {one.key: values[one.key].detach() for one in self._shown}
@@ -195,15 +180,21 @@ class Average:
         self._decay = decay
         self._source: list[Tensor] = [*student.parameters()]
         self._average: list[Tensor] = [*self.model.parameters()]
-        self._buffers = list(zip(self.model.buffers(), student.buffers(), strict=True))
+        parts = zip(self.model.modules(), student.modules(), strict=True)
+        self._buffers = [(mine._buffers, own._buffers) for mine, own in parts if own._buffers]
 
     @torch.no_grad()
     def update(self, clock: Clock) -> None:
         """Take in the student's weights after an update."""
         decay = min(self._decay, (1 + clock.step) / (10 + clock.step))
         torch._foreach_lerp_(self._average, self._source, 1 - decay)
-        for mine, theirs in self._buffers:
-            mine.copy_(theirs)
+        for mine, own in self._buffers:  # looked up by name: a module may have put another tensor there
+            for name, value in own.items():
+                now = mine.get(name)
+                if value is None or now is None or now.shape != value.shape:
+                    mine[name] = None if value is None else value.clone()
+                else:
+                    now.copy_(value)
 
 
 def trained(spec: RunSpec, learner: Learner) -> list[Trained]:
@@ -229,9 +220,16 @@ def generators(plan: Plan) -> dict[str, torch.Generator]:
     return {call.name: call.module.given.generator for call in plan.calls if isinstance(call, NodeCall)}
 
 
+def _without_autocast(device: str) -> AbstractContextManager[object]:
+    """Full precision for what runs inside; where it is full anyway, nothing is entered, which costs much itself."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
 def _calibrate(call: Call, values: Values) -> None:
-    if isinstance(call, NodeCall) and overrides(call.module, "calibrate"):
-        call.module.calibrate(**call.inputs(values))
+    if not isinstance(call, NodeCall) or not overrides(call.module, "calibrate"):
+        return
+    if (arguments := call.seen(values)) is not None:
+        call.module.calibrate(**arguments)
 
 
 def _models(calls: tuple[Call, ...]) -> dict[str, nn.Module]:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from kdx.errors import ConfigError, did_you_mean
+from kdx.shards import is_spread
 
 WHERE = "train.optimizer"
 _UNFIT_OF_TORCH = {"optimizer", "lbfgs", "sparseadam", "muon"}
@@ -43,12 +44,15 @@ def make_optimizer(
     """
     factory, rest = read_optimizer(options)
     known = inspect.signature(factory).parameters
-    if "fused" in known and "fused" not in rest and "foreach" not in rest and device.type in ("cuda", "cpu", "mps"):
+    gathered = _groups(groups)
+    spread = any(is_spread(weight) for group in gathered for weight in group["params"])  # no kernel is fused for these
+    free = "fused" in known and "fused" not in rest and "foreach" not in rest
+    if free and not spread and device.type in ("cuda", "cpu", "mps"):
         rest["fused"] = True
     if "lr" in known:
         rest["lr"] = peak
     try:
-        return factory(_groups(groups), **rest)  # type: ignore[no-any-return]
+        return factory(gathered, **rest)  # type: ignore[no-any-return]
     except (ValueError, TypeError, RuntimeError, AssertionError, ImportError) as error:
         raise ConfigError(f"{WHERE}: {options['use']} refuses its options: {error}") from error
 

@@ -11,13 +11,12 @@ from torch import Tensor
 
 from kdx.agreement import agreements
 from kdx.calls import Key, ModelCall, NodeCall
-from kdx.checkpoint import load_weights
+from kdx.checkpoint import checked_sum, load_weights
 from kdx.data import View
 from kdx.loop import Evaluation, Session, evaluate
 from kdx.measure import measure
-from kdx.plan import logits_shape
 from kdx.result import Point, Result, Row, Seconds
-from kdx.student import save_student
+from kdx.student import STUDENT, save_student
 from kdx.taps import LOGITS
 from kdx.types import Batch
 
@@ -47,7 +46,10 @@ def conclude(
         best_test = _test(session, session.student.answer)
     else:
         best_test = last_test
-    path = save_student(session.student, folder, session.plan, hash)
+    group, path = session.runtime.group, folder / STUDENT
+    if group.leads:
+        save_student(session.student, folder, session.plan, hash)
+    group.wait()
     sample = {name: value[:1] for name, value in _first_batch(session).items()}
     phases = session.runtime.stopwatch.seconds()
     return Result(
@@ -74,6 +76,8 @@ def conclude(
         plain=None if plain is None else run_row(*plain),
         agreement=agreements(session),
         dropped=session.guard.dropped(),
+        skipped=session.runtime.faults.skipped,
+        student=checked_sum(path) or "",
     )
 
 
@@ -116,8 +120,7 @@ def _teacher_row(session: Session, name: str, needs: Needs) -> Row:
     if name in needs:
         return run_row(*needs[name])
     call = session.plan.teacher_models[name]
-    classes = len(session.plan.facts.classes)
-    answers = logits_shape(session.plan.shapes, name) == (classes,)
+    answers = call.at_hand and session.plan.knows_classes(name)
     return _evaluated(session, call.answer) if answers else Row(None, None, None, {}, {}, None, None)
 
 
@@ -127,6 +130,8 @@ def _ensembles(session: Session) -> dict[str, Callable[[Batch], Tensor]]:
     found: dict[str, Callable[[Batch], Tensor]] = {}
     for call in plan.teacher_calls:
         if not isinstance(call, NodeCall) or call.kind != "targets" or _sees(call, "batch.label", session):
+            continue
+        if not all(model.at_hand for model in plan.teacher_models.values()):  # all of them run for an answer
             continue
         for key in call.gives:
             if key.endswith((f".{LOGITS}", ".out")) and plan.shapes[key] == (len(plan.facts.classes),):

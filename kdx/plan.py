@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -13,10 +14,13 @@ from torch import nn
 from kdx.calls import Borrowed, Call, Key, ModelCall, NodeCall, Values, find_part
 from kdx.components import Given, Loss, Model, Network, Node, Schedule
 from kdx.errors import KdxError, PlanError, did_you_mean
+from kdx.gaps import all_there, gap_notes, settled, told
 from kdx.guard import Guarded, guarded
-from kdx.probe import probe, shape_of
+from kdx.presence import Presence
+from kdx.probe import probe, shape_of, without_trace
 from kdx.randomness import derive_seed
-from kdx.reach import Part, Reach, base_of, reach
+from kdx.reach import Part, Reach, base_of, flat, reach
+from kdx.recall import RecallCall, Recalled, Stored
 from kdx.seats import Seat, seat_of
 from kdx.shown import Shown, find_shown, read_knobs
 from kdx.spec import ModelSpec, NodeSpec, RunSpec
@@ -52,6 +56,12 @@ class Plan:
     read_knobs: Mapping[str, Key] = field(default_factory=dict)
     reported: tuple[Key, ...] = ()
     guarded: Guarded = field(default_factory=Guarded)
+    others: frozenset[str] = frozenset()
+    """The teachers that tell other classes apart than those of the data."""
+
+    def knows_classes(self, name: str) -> bool:
+        """Whether a model's logits are over the classes of the data."""
+        return name not in self.others and logits_shape(self.shapes, name) == (len(self.facts.classes),)
 
     @property
     def calls(self) -> tuple[Call, ...]:
@@ -81,43 +91,64 @@ def make_plan(
     ready: Ready | None = None,
     networks: Mapping[str, nn.Module] | None = None,
     classes: Mapping[str, tuple[str, ...]] | None = None,
+    stored: Mapping[str, Stored] | None = None,
 ) -> Plan:
     """Reach, wire, probe, build, split.
 
     `sample` holds at least two samples as they come from `Dataset.on_device`. `networks` are modules that stand in
-    for model sections; `classes` those that a teacher tells apart where it learnt others than those of the data. Raises
+    for model sections; `classes` those that a teacher tells apart where it learnt others than those of the data;
+    `stored` holds answers by teacher and view (`wide@strong`), in place of a net that is built when first asked. Raises
     `PlanError` where parts do not fit, naming path, shapes and component. Without `device` the plan is for reading and
     checking alone, and everything is in main memory.
     """
     seats = {name: seat_of(model.engine, device, model.where) for name, model in spec.models.items()}
     device = device or torch.device("cpu")
-    sample = {name: value[:2].to(device) for name, value in sample.items()}
+    sample = all_there({name: value[:2].to(device) for name, value in sample.items()}, facts)
     reached = reach(spec, facts)
-    models: dict[str, Network] = {}
-    for name in reached.models:
+    stored = stored or {}
+
+    @functools.cache
+    def network_of(name: str) -> Network:
         known = replace(facts, classes=(classes or {}).get(name, facts.classes))
-        models[name] = build_model(spec.models[name], known, spec.root.seed, networks, ready)
+        network = build_model(spec.models[name], known, spec.root.seed, networks, ready)
         if (seat := seats[name]) is None:
-            models[name].to(device)
+            network.to(device)
         else:
-            seat.settle(models[name])
+            seat.settle(network)
+        return network
+
+    lent = {model for parts in reached.borrowed.values() for model, _ in flat(parts)}
+    asked = {base_of(owner) for owner in reached.fields if owner not in stored} | lent
+    models = {name: network_of(name) for name in reached.models if name in asked}
     values: Values = {f"batch.{name}": value for name, value in sample.items()}
     knobs = _knob_values(reached, device, values)
     shapes: dict[Key, Shape] = {key: shape_of(value) for key, value in values.items()}
+    for one in stored.values():
+        values |= {f"batch.{name}": rows.to(device) for name, rows in one.rows(sample["index"].cpu(), 0).items()}
+
+    def live(item: str) -> ModelCall:
+        name = base_of(item)
+        call = _model_call(item, spec.models[name], network_of(name), reached.fields[item], seats[name])
+        with without_trace(call.module), torch.no_grad():
+            call.protect({f"batch.{stream}": value for stream, value in sample.items()})
+        return call
+
     calls: list[Call] = []
     tapped: dict[str, Tapped] = {}
+    presences: dict[Key, Presence] = {}
     for item in reached.order:
-        call = (
-            _model_call(
-                item, spec.models[base_of(item)], models[base_of(item)], reached.fields[item], seats[base_of(item)]
-            )
-            if base_of(item) in spec.models
-            else _node_call(item, reached, facts, spec, shapes, models, device)
-        )
+        call: Call
+        if item in stored:
+            call = _recall_call(item, spec.models[base_of(item)], stored[item], facts, live)
+        elif (name := base_of(item)) in spec.models:
+            call = _model_call(item, spec.models[name], models[name], reached.fields[item], seats[name])
+        else:
+            call = _node_call(item, reached, facts, spec, shapes, models, device)
         if isinstance(call, ModelCall):
             tapped[item] = call.module
+        call = told(call, facts, presences)
         probe(call, values, shapes)
-        calls.append(call)
+        calls.append(settled(call, values))
     student = next((module for name, module in tapped.items() if base_of(name) == "student"), None)
     if student is None:
         raise PlanError("losses: none of them reads the student, so nothing would be learnt")
@@ -134,7 +165,7 @@ def make_plan(
     return Plan(
         spec, facts, student, teacher_calls, learner_calls, losses, tuple(kept), knobs, shapes, reached.unused,
         tuple(_notes(calls, teacher_side)), shown, read, tuple(key for key in reported if key not in kept),
-        guarded(teacher_calls, shapes, spec.root.on_bad_teacher, others),
+        guarded(teacher_calls, shapes, spec.root.on_bad_teacher, others), frozenset(others),
     )  # fmt: skip
 
 
@@ -201,6 +232,16 @@ def _model_call(name: str, spec: ModelSpec, network: Network, wanted: tuple[str,
     return ModelCall(name, spec.where, tapped, streams, tuple(f"{name}.{field}" for field in wanted), seat)
 
 
+def _recall_call(
+    name: str, spec: ModelSpec, stored: Stored, facts: DataFacts, live: Callable[[str], ModelCall]
+) -> RecallCall:
+    view = name.removeprefix(spec.name)
+    streams = {stream: f"batch.{stream}{view}" for stream in streams_of(spec, facts)}
+    gives = tuple(f"{name}.{field}" for field in stored.fields)
+    network = functools.cache(functools.partial(live, name)) if spec.at_hand else None
+    return RecallCall(name, spec.where, Recalled(stored), streams, gives, stored=stored, live=network)
+
+
 def _node_call(
     item: str,
     reached: Reach,
@@ -257,10 +298,10 @@ def _parts(
                 f"which {why}; expected a part of a model that is trained, as in student.classifier"
             )
         engine = spec.models[model].engine
-        if engine.device is not None or engine.offload is not None:
+        if engine.device is not None or engine.offload is not None or engine.shard:
             raise PlanError(
                 f"{where}: {ref} is called where the student computes, but teachers.{model} has a place "
-                "of its own; leave out its `device` and `offload`"
+                "of its own; leave out its `device`, `offload` and `shard`"
             )
         return Borrowed(find_part(models[model].net, path, where), trains=trains)
 
@@ -332,6 +373,8 @@ def _check_student(spec: RunSpec, student: Tapped, shapes: Mapping[Key, Shape], 
 
 def _notes(calls: list[Call], teacher_side: set[str]) -> Iterator[str]:
     for call in calls:
+        if isinstance(call, RecallCall):
+            yield f"{call.name}: its answers for training are read from {call.stored.store.folder}"
         if isinstance(call, ModelCall) and call.name in teacher_side and call.module.stops_early:
             yield f"{call.where} stops early: nothing after {', '.join(call.module.wanted)} is asked of it"
         if isinstance(call, ModelCall):
@@ -342,6 +385,7 @@ def _notes(calls: list[Call], teacher_side: set[str]) -> Iterator[str]:
         describe = getattr(call.module, "describe", None)
         if isinstance(call, NodeCall) and describe is not None:
             yield f"{call.where}: {describe()}"
+    yield from gap_notes(calls)
 
 
 def _shapes_of(key: Any, shapes: Mapping[Key, Shape]) -> Any:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from kdx.backends import check_backends, computed_eagerly
 from kdx.batched import check_batching
 from kdx.calls import ModelCall
 from kdx.checkpoint import load_weights
@@ -16,6 +17,7 @@ from kdx.errors import ConfigError, did_you_mean
 from kdx.loop import make_metric, make_session
 from kdx.plan import Plan
 from kdx.reach import base_of
+from kdx.recall import RecallCall
 from kdx.runtime import Runtime
 from kdx.seats import seat_of
 from kdx.taps import LOGITS
@@ -31,7 +33,8 @@ def check_ready(plan: Plan, dataset: Dataset, splits: Splits, runtime: Runtime) 
     """
     for name, call in plan.teacher_models.items():
         seat_of(plan.spec.models[name].engine, runtime.device, call.where)
-    check_batching(plan)
+    check_backends(plan, runtime.device)
+    check_batching(plan, computed_eagerly(plan))
     check_checkpoints(plan)
     check_monitor(plan, dataset, splits)
     make_session(plan.spec, plan, dataset, splits, runtime)
@@ -42,7 +45,7 @@ def check_checkpoints(plan: Plan) -> None:
     for call in plan.calls:
         if isinstance(call, ModelCall):
             model = plan.spec.models[base_of(call.name)]
-            if model.engine.checkpoint is not None:
+            if model.engine.checkpoint is not None and not isinstance(call, RecallCall):
                 load_weights(call.module.network.net, Path(model.engine.checkpoint), f"{model.where}.checkpoint")
 
 

@@ -22,6 +22,7 @@ def probe(call: Call, values: Values, shapes: dict[Key, Shape]) -> None:
         _check_knobs(call, shapes)
         modules += [part.module for part in call.borrowed]
         generator = call.module.given.generator
+    versions = _versions(call, values)
     with without_trace(*modules, generator=generator), torch.no_grad():
         try:
             if isinstance(call, ModelCall):
@@ -34,6 +35,10 @@ def probe(call: Call, values: Values, shapes: dict[Key, Shape]) -> None:
             listing = ", ".join(f"{key} {list(shapes[key])}" for key in given if key in shapes)
             label = call.label if isinstance(call, NodeCall) else call.where
             raise PlanError(f"{label} does not run on {listing}: {type(error).__name__}: {error}") from error
+    for key, version in _versions(call, values).items():
+        if version != versions[key]:
+            label = call.label if isinstance(call, NodeCall) else call.where
+            raise PlanError(f"{label}: it changed {key} in place, which others read; expected a new tensor")
     for key in call.gives:
         if key not in values:
             raise PlanError(f"{call.where}: its forward gave no {key.rpartition('.')[2]!r}, which it declares")
@@ -44,6 +49,11 @@ def probe(call: Call, values: Values, shapes: dict[Key, Shape]) -> None:
         shapes[key] = shape_of(value)
     if isinstance(call, NodeCall):
         _check_result(call, shapes)
+
+
+def _versions(call: Call, values: Values) -> dict[Key, int]:
+    """How often each tensor that a call reads was written to."""
+    return {key: values[key]._version for key in call.reads if isinstance(values.get(key), Tensor)}
 
 
 def _check_knobs(call: NodeCall, shapes: Mapping[Key, Shape]) -> None:
@@ -76,16 +86,18 @@ def without_trace(*modules: nn.Module, generator: torch.Generator | None = None)
     buffers = [(part, dict(part._buffers)) for part in everything]
     contents = [(buffer, buffer.clone()) for _, own in buffers for buffer in own.values() if buffer is not None]
     state = generator.get_state() if generator is not None else None
-    with torch.random.fork_rng():
-        yield
-    for part, own in buffers:  # a bank that grows may have been replaced by another tensor
-        part._buffers.clear()
-        part._buffers.update(own)
-    with torch.no_grad():
-        for buffer, content in contents:
-            buffer.copy_(content)
-    if generator is not None and state is not None:
-        generator.set_state(state)
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        for part, own in buffers:  # a bank that grows may have been replaced by another tensor
+            part._buffers.clear()
+            part._buffers.update(own)
+        with torch.no_grad():
+            for buffer, content in contents:
+                buffer.copy_(content)
+        if generator is not None and state is not None:
+            generator.set_state(state)
 
 
 def shape_of(value: Tensor) -> Shape:

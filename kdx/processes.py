@@ -169,7 +169,7 @@ class Processes:
             return
         rest = {place: config for place, config in work.unit.configs.items() if place in work.left}
         if work.tries < TRIES:
-            again = [Unit({place: config}, work.unit.fresh, work.unit.trained) for place, config in rest.items()]
+            again = [Unit({place: config}, work.unit.fresh, work.unit.command) for place, config in rest.items()]
             waiting += [(unit, work.tries + 1) for unit in reversed(again)]
             return
         for place in sorted(rest):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -63,3 +65,11 @@ def _mix(x: Tensor) -> Tensor:
     x = x ^ (x >> 15)
     x = (x * 0x046CA68B + ((x & 1) << 31)) & _MASK  # times 0x846CA68B, whose product would not fit into int64
     return x ^ (x >> 16)
+
+
+@contextmanager
+def own_randomness(seed: int) -> Iterator[None]:
+    """Torch's global random numbers, which dropout draws, follow the run's seed; the caller's go on undisturbed."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(derive_seed(seed, "training"))
+        yield

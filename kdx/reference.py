@@ -217,10 +217,9 @@ def _learnt(component: type[Node]) -> list[str]:
     """The attributes of a node that hold parameters, found by building it for shapes that it accepts."""
     problem: Exception | None = None
     for widths in ((6, 10), (8, 8)):
-        for free in ((8, 8), (), (9,)):  # what follows the channels of an input that may be of any layout
-            shapes = {
-                key: _example(key, spec, widths, free) for key, spec in component.inputs.items() if spec is not OPTIONAL
-            }
+        inputs = {key: spec for key, spec in component.inputs.items() if spec is not OPTIONAL}
+        for layouts in _layouts([key for key, spec in inputs.items() if not isinstance(spec, str)]):
+            shapes = {key: _example(key, spec, widths, layouts.get(key)) for key, spec in inputs.items()}
             try:
                 node = component(component.Config(), Given(shapes, FACTS))
             except KdxError as error:
@@ -231,7 +230,14 @@ def _learnt(component: type[Node]) -> list[str]:
     raise PluginError(f"{component.name} can be built for none of the shapes that the reference tries: {problem}")
 
 
-def _example(key: str, spec: Any, widths: tuple[int, int], free: Shape) -> Any:
+def _layouts(keys: list[str]) -> Iterator[dict[str, Shape | None]]:
+    """What follows the channels of inputs of any layout: the same for all, then every mixture; None for logits."""
+    kinds: tuple[Shape | None, ...] = ((8, 8), (), (9,), None)
+    yield from (dict.fromkeys(keys, kind) for kind in kinds)
+    yield from (dict(zip(keys, mixture, strict=True)) for mixture in itertools.product(kinds, repeat=len(keys)))
+
+
+def _example(key: str, spec: Any, widths: tuple[int, int], free: Shape | None) -> Any:
     """A shape of one sample, or a list of them, for an input that reads `spec`."""
     if isinstance(spec, Many):
         refs: list[str | None] = [ref.replace("*", "teacher") for ref in spec.default] or [None]
@@ -241,6 +247,8 @@ def _example(key: str, spec: Any, widths: tuple[int, int], free: Shape) -> Any:
         return (TEACHERS,)
     ref = spec if isinstance(spec, str) else key
     width = widths[ref.startswith("teacher")]
+    if ref == "batch.mel":
+        return (1, 8, 8)
     if ref.startswith("batch."):
         return ()
     if ref.endswith("logits"):
@@ -248,6 +256,8 @@ def _example(key: str, spec: Any, widths: tuple[int, int], free: Shape) -> Any:
     if ref.endswith(".embedding"):
         return (width,)
     if not isinstance(spec, str):
+        if free is None:
+            return (CLASSES,)
         return (width, *free) if len(free) != 1 else (*free, width)
     return (width, 8, 8)
 

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from kdx.comparable import fact_differences, facts_of
 from kdx.errors import CheckpointError, ConfigError
+from kdx.files import write_text
 from kdx.formats import NONE, count, milliseconds, percent, points, ratio, whole
 from kdx.history import History, read_history
 from kdx.measure import Size
@@ -48,11 +49,11 @@ def write_report(folder: Path) -> Path:
     texts = {name: (folder / name).read_text(encoding="utf-8") for name in files if name in SHOWN}
     place = f"{folder.absolute().parent.name}/{folder.absolute().name}"
     markdown = report_text(
-        result, place=place, files=files, texts=texts, environment=_environment(folder), history=history
+        result, place=place, files=files, texts=texts, environment=environment_of(folder), history=history
     )
-    (folder / "report.md").write_text(markdown, encoding="utf-8")
+    write_text(folder / "report.md", markdown)
     path = folder / "report.html"
-    path.write_text(page(result.name, markdown, _cards(result), pictures), encoding="utf-8")
+    write_text(path, page(result.name, markdown, _cards(result), pictures))
     return path
 
 
@@ -205,7 +206,8 @@ def _cards(result: Result) -> list[tuple[str, str, str]]:
     return cards
 
 
-def _environment(folder: Path) -> dict[str, Any]:
+def environment_of(folder: Path) -> dict[str, Any]:
+    """What `environment.json` in the folder of a run holds; empty where there is none."""
     path = folder / "environment.json"
     if not path.exists():
         return {}

@@ -1,4 +1,5 @@
-"""The parts of a report that are about teachers: their weights, temperatures, and how far the student follows them."""
+"""The parts of a report that are about teachers (weights, temperatures, how far the student follows them) and about
+what was left out of training."""
 
 from __future__ import annotations
 
@@ -39,6 +40,14 @@ def dropped_section(result: Result) -> list[str]:
     rows = [[code(name), whole(count)] for name, count in result.dropped.items()]
     note = "Where a teacher gave nan or inf for a sample, the mean of the other teachers' logits stood in for it."
     return ["## Answers left out", note, table(["teacher", "samples"], rows)]
+
+
+def skipped_section(result: Result) -> list[str]:
+    """How many updates were left out of training."""
+    if not result.skipped:
+        return []
+    count = "1 update was" if result.skipped == 1 else f"{whole(result.skipped)} updates were"
+    return ["## Updates left out", f"{count} left out, because a loss or a gradient was nan or inf."]
 
 
 def shown_section(history: History, classes: Sequence[str]) -> list[str]:

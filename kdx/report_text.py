@@ -9,7 +9,7 @@ from kdx.formats import NONE, count, duration, milliseconds, number, percent, ra
 from kdx.history import History
 from kdx.markdown import code, inline, table
 from kdx.measure import Size
-from kdx.report_teachers import agreement_section, dropped_section, shown_section
+from kdx.report_teachers import agreement_section, dropped_section, shown_section, skipped_section
 from kdx.result import Metrics, Point, Result
 from kdx.standings import Standing, gain_sentence, label_sentences, standings, student_role
 
@@ -52,6 +52,7 @@ def report_text(
         *_comparison(result),
         *agreement_section(result),
         *dropped_section(result),
+        *skipped_section(result),
         *_compression(result),
         *_epochs(result),
         *_curves(files),

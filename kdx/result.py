@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from kdx.files import write_text
 from kdx.measure import Size
 
 FILE = "result.json"
+SUM = "sha256"
 
 Metrics: TypeAlias = dict[str, float]
 """Metric name -> value. Accuracy, macro recall, macro F1 and calibration error are fractions; empty without a split."""
@@ -64,7 +66,9 @@ class Result:
     `labelled` of the `seen` training samples had a label that the run could see. `confusion[i][j]` counts test samples
     of class i that were taken for class j at the best epoch. `agreement` maps each teacher and then each split (`val`,
     `test`) to what `kdx.agreement` finds for the student that is kept. `dropped` counts the answers of each teacher
-    that were left out of training because they were not finite; it is empty where such answers are refused.
+    that were left out of training because they were not finite; it is empty where such answers are refused. `skipped`
+    counts the updates that were left out because their loss or gradient was not finite. `student` is the checksum of
+    `student.safetensors`.
     """
 
     name: str
@@ -84,6 +88,8 @@ class Result:
     plain: Row | None
     agreement: dict[str, dict[str, Metrics]] = field(default_factory=dict)
     dropped: dict[str, int] = field(default_factory=dict)
+    skipped: int = field(default_factory=int)
+    student: str = field(default_factory=str)
 
 
 def to_dict(result: Result) -> dict[str, Any]:
@@ -104,8 +110,9 @@ def from_dict(data: Mapping[str, Any], where: str = FILE) -> Result:
 
 
 def to_json(result: Result) -> str:
-    """The text of `result.json`."""
-    return json.dumps(to_dict(result), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    """The text of `result.json`, with a checksum of all that it says."""
+    data = to_dict(result)
+    return json.dumps({**data, SUM: _checksum(data)}, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def from_json(text: str, where: str = FILE) -> Result:
@@ -114,7 +121,16 @@ def from_json(text: str, where: str = FILE) -> Result:
         data = json.loads(text)
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{where}: torn or not JSON ({error}); run the config again to write it anew") from error
-    return from_dict(data, where)
+    checksum = data.pop(SUM, None) if isinstance(data, dict) else None
+    result = from_dict(data, where)
+    if checksum not in (None, _checksum(data)):
+        raise CheckpointError(f"{where}: altered: it does not say what its {SUM} is of; run the config again")
+    return result
+
+
+def _checksum(data: Mapping[str, Any]) -> str:
+    """The SHA-256 of plain data."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
 def read_result(folder: Path) -> Result:

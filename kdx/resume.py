@@ -11,15 +11,18 @@ from torch import Tensor, nn
 from kdx.errors import CheckpointError
 from kdx.loop import Session
 from kdx.modules import generators
+from kdx.runtime_choice import settings
+from kdx.shards import spread_optimizer, spread_state, whole
+from kdx.ways import ways
 
 
 def training_state(session: Session, seconds: float) -> dict[str, Any]:
     """All that an interrupted run needs to go on as if nothing had happened."""
     return {
         "step": session.step,
-        "learner": session.learner.state_dict(),
+        "learner": whole(session.learner.state_dict()),
         "targets": session.teachers.nodes.state_dict(),
-        "optimizer": session.runtime.optimizer.state_dict(),
+        "optimizer": whole(session.runtime.optimizer.state_dict()),
         "runtime": session.runtime.state(),
         "updater": session.updater.state_dict(),
         "average": None if session.average is None else session.average.model.state_dict(),
@@ -32,20 +35,25 @@ def training_state(session: Session, seconds: float) -> dict[str, Any]:
         "seconds": seconds,
         "tally": session.tally.state(),
         "guard": session.guard.state(),
-        "batched": session.teachers.batched,
+        "faults": session.runtime.faults.state(),
+        "accumulate": session.accumulate,
+        "teacher_ways": ways(session),
+        "settings": settings(session.spec),
     }
 
 
 def restore(session: Session, state: Mapping[str, Any], where: str) -> None:
     """Put a session where `training_state` was taken. Raises `CheckpointError` for the state of another run."""
     try:
-        _load(session.learner, state["learner"])
+        _load(session.learner, spread_state(state["learner"], session.learner))
         _load(session.teachers.nodes, state["targets"])
-        session.runtime.optimizer.load_state_dict(state["optimizer"])
+        optimizer = session.runtime.optimizer
+        optimizer.load_state_dict(spread_optimizer(state["optimizer"], optimizer))
+        session.runtime.refresh()
         session.runtime.load_state(state["runtime"])
         _load(session.updater, state["updater"])
         if session.average is not None:
-            session.average.model.load_state_dict(state["average"])
+            _load(session.average.model, state["average"])
         for name, generator in _generators(session).items():
             generator.set_state(state["generators"][name])
         torch.set_rng_state(state["random"])
@@ -54,6 +62,7 @@ def restore(session: Session, state: Mapping[str, Any], where: str) -> None:
         for name, seconds in state["phases"].items():
             session.runtime.stopwatch.add(name, seconds)
         session.guard.load_state(state["guard"])
+        session.runtime.faults.load_state(state["faults"])
         session.tally.load_state(state["tally"], session.runtime.device)
         session.step, session.best, session.last = state["step"], state["best"], state["last"]
     except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:

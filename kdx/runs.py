@@ -4,55 +4,61 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
-import time
+import uuid
+import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import filelock
 import torch
 from rich.console import Console
 from torch import nn
 
 from kdx.builtin.watchers import JsonLines, Progress, TensorBoard
-from kdx.checkpoint import load_state, load_weights, save_state, save_weights
+from kdx.cache_fill import fill, held, incomplete, opened
+from kdx.cache_key import Wanted, caches
+from kdx.checkpoint import checked_sum, load_state, load_weights
 from kdx.components import Dataset, Network
 from kdx.config import to_yaml
 from kdx.data import SplitOptions, Splits, make_splits
 from kdx.deploy import check_answer
 from kdx.derive import expand_runs, plain_config, with_networks
-from kdx.errors import CheckpointError, ConfigError, KdxError
-from kdx.files import write_text
+from kdx.distributed import the_group
+from kdx.errors import CheckpointError, ConfigError
+from kdx.files import full_disk_is_said, remove_folder, write_text
 from kdx.identity import environment, run_hash
-from kdx.loop import Session, Watchers, batch_teachers, make_session, training
+from kdx.locks import locked
+from kdx.loop import Session, Watchers, make_session, training
+from kdx.micro_batch import fit
 from kdx.options import plain_options
 from kdx.outcome import conclude, run_row
 from kdx.plan import Plan, make_plan
 from kdx.plugins import Registry, compile_hook, discover
 from kdx.preflight import check_ready
-from kdx.randomness import derive_seed
+from kdx.randomness import own_randomness
 from kdx.reach import Reach, reach
 from kdx.report import write_report
+from kdx.result import FILE as RESULT
 from kdx.result import Result, read_result, write_result
-from kdx.resume import restore, training_state
+from kdx.resume import restore
 from kdx.runtime import Runtime
+from kdx.runtime_choice import Chosen, choose
+from kdx.saving import Saver
+from kdx.sections import RuntimeOptions
 from kdx.spec import ModelSpec, RunSpec, check, full_config
+from kdx.stopping import Stopped as Stopped
 from kdx.student import STUDENT
 from kdx.table import plan_text
 from kdx.types import Batch, RunInfo
 from kdx.views import Viewed, with_views
+from kdx.watching import watching
+from kdx.ways import decide
+from kdx.worked import Worked
 
 CHECKPOINT = "checkpoint"
 PLACE = ("device", "workers", "threads", "eval_batch")
 """What of `runtime` changes no number, and is handed down to the runs that a run needs."""
-BEST = "best.safetensors"
-
-
-class Stopped(KdxError):  # noqa: N818  (it is no failure)
-    """A run was asked to stop; it has saved its state and goes on when it is started again."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +71,8 @@ class Options:
     data: Dataset | None = None
     networks: Mapping[str, nn.Module] = field(default_factory=dict)
     stop: Callable[[], bool] = field(default=lambda: False)
-    trained: set[Path] = field(default_factory=set)
-    """The folders that were trained already: `fresh` trains each of them once."""
+    command: str = field(default_factory=lambda: uuid.uuid4().hex)
+    """Tells commands apart: with `fresh` one begins each folder anew once, whatever becomes of its processes."""
     join: Callable[[Session], None] = field(default=lambda session: None)
     """Called with a session before it trains; runs that train side by side share there what they read."""
 
@@ -85,6 +91,7 @@ class Prepared:
     needs: Mapping[str, Prepared]
     plain: Prepared | None
     given: str
+    caches: Mapping[str, Wanted] = field(default_factory=dict)
 
 
 def prepare(
@@ -123,13 +130,15 @@ def prepare(
         for name in reached.models
         if spec.models[name].engine.run is not None
     }
-    digest = run_hash(spec, dataset, reached, {name: need.hash for name, need in needs.items()})
+    hashes = {name: need.hash for name, need in needs.items()}
+    digest = run_hash(spec, dataset, reached, hashes)
     folder = Path(spec.root.out) / f"{spec.root.name}-{digest}"
     plain = None
     if spec.root.baseline and (derived := plain_config(spec, reached.models, splits)) is not None:
         own = {name: net for name, net in options.networks.items() if name == "student"}
         plain = prepare(derived, replace(options, networks=own), registry=registry)
-    return Prepared(spec, dataset, splits, sample, reached, digest, folder, needs, plain, given)
+    stored = caches(spec, dataset, splits, reached, hashes)
+    return Prepared(spec, dataset, splits, sample, reached, digest, folder, needs, plain, given, stored)
 
 
 def _prepare_need(run: Mapping[str, Any], spec: RunSpec, options: Options) -> Prepared:
@@ -161,10 +170,23 @@ def build_plan(prepared: Prepared, options: Options, *, trained: bool, device: t
         ready=ready if trained else None,
         networks=_copies(networks),
         classes={name: need.splits.facts.classes for name, need in prepared.needs.items() if name in spec.teachers},
+        stored=opened(prepared.caches, prepared.splits, verify=trained),
     )
     check_answer(plan, {name: value[:2].to(device or "cpu") for name, value in prepared.sample.items()})
     compile_hook(spec.registry, "kdx_plan_ready")(plan)
     return plan
+
+
+def fill_caches(prepared: Prepared, options: Options, runtime: Runtime) -> None:
+    """Fill the caches that a run reads and that are not complete, from its teachers, whose own runs are finished."""
+    wanted = prepared.caches.values()
+    if not incomplete(wanted):
+        return
+    with held(incomplete(wanted), lambda text: _say(options, text)):
+        missing = incomplete(wanted)  # another process may just have filled them
+        if missing:
+            plan = build_plan(prepared, options, trained=True, device=runtime.device)
+            fill(plan, missing, prepared.dataset, prepared.splits, runtime, options.console, quiet=options.quiet)
 
 
 def carry_out(prepared: Prepared, options: Options) -> Result:
@@ -216,16 +238,14 @@ def family(prepared: Prepared, options: Options) -> Iterator[tuple[Prepared, Opt
 def steps_of(prepared: Prepared, options: Options) -> Generator[None, None, Result]:
     """Take a run as it is or train it, without those that it needs, and pause before each of its updates."""
     folder = prepared.folder
-    with locked(folder, options.console):
-        if options.fresh and folder not in options.trained:
-            _clear(folder)
+    with locked(folder, options.console, options.stop), full_disk_is_said(folder):
+        if options.fresh and the_group().leads:
+            _clear(folder, options.command)
         if finished(prepared):
             _say(options, f"{folder.name}: finished before, taken as it is")
             return _completed(prepared)
-        with _own_randomness(prepared.spec.root.seed):
-            result = yield from _train(prepared, options)
-        options.trained.add(folder)
-        return result
+        with own_randomness(prepared.spec.root.seed):
+            return (yield from _train(prepared, options))
 
 
 def _completed(prepared: Prepared) -> Result:
@@ -235,52 +255,46 @@ def _completed(prepared: Prepared) -> Result:
     result = replace(found, name=prepared.spec.root.shown_name)
     if plain is not None and result.plain is None:
         result = replace(result, plain=run_row(plain.folder, read_result(plain.folder)))
-    if result != found:
+    if the_group().leads and result != found:
         write_result(folder, result)
-        write_report(folder)
-    elif not (folder / "report.html").is_file():
+    if the_group().leads and (result != found or not (folder / "report.html").is_file()):
         write_report(folder)
     return result
 
 
 def finished(prepared: Prepared) -> bool:
-    """Whether the folder holds a complete result of this very run."""
+    """Whether the folder holds a complete result of this very run, unaltered; the same on all processes."""
+    folder = prepared.folder
     try:
-        result = read_result(prepared.folder)
-    except (CheckpointError, OSError):
-        return False
-    return result.hash == prepared.hash and result.status == "finished" and (prepared.folder / STUDENT).is_file()
-
-
-class _Worked:
-    """Seconds of work on a run, without its pauses."""
-
-    def __init__(self) -> None:
-        self.before = 0.0
-        self._began = time.perf_counter()
-
-    def seconds(self) -> float:
-        return self.before + time.perf_counter() - self._began
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Do not count the block."""
-        left = time.perf_counter()
-        yield
-        self._began += time.perf_counter() - left
+        result = read_result(folder)
+        if (whole := (folder / STUDENT).is_file()) and result.student not in ("", checked_sum(folder / STUDENT)):
+            raise CheckpointError(f"{folder / STUDENT} is not the student of this result: it has another checksum")
+    except (CheckpointError, OSError) as error:
+        if (folder / RESULT).is_file():
+            warnings.warn(f"{error}; it is not used, and is made anew", stacklevel=2)
+        return the_group().agreed(False)
+    return the_group().agreed(whole and result.hash == prepared.hash and result.status == "finished")
 
 
 def _train(prepared: Prepared, options: Options) -> Generator[None, None, Result]:
     """Train a run from where it stands, and write everything that it leaves."""
-    worked = _Worked()
-    spec, folder = prepared.spec, prepared.folder
-    runtime = Runtime(spec.runtime)
+    worked = Worked()
+    given, folder, group = prepared.spec, prepared.folder, the_group()
+    lines = JsonLines(folder)
+    saver = Saver(folder / CHECKPOINT, lines, worked, given.train.save_minutes)
+    with group.in_turn():
+        fill_caches(prepared, options, Runtime(given.runtime))
+        state = load_state(folder / CHECKPOINT)
+    chosen = _chosen(prepared, options, state)
+    spec = replace(given, runtime=chosen.runtime)
+    prepared, runtime = replace(prepared, spec=spec), Runtime(spec.runtime)
     plan = build_plan(prepared, options, trained=True, device=runtime.device)
     session = make_session(spec, plan, prepared.dataset, prepared.splits, runtime)
     options.join(session)
-    write_text(folder / "config.given.yaml", prepared.given)
-    write_text(folder / "config.yaml", to_yaml(full_config(spec)))
-    write_text(folder / "plan.txt", plan_text(plan))
+    if group.leads:
+        write_text(folder / "config.given.yaml", prepared.given)
+        write_text(folder / "config.yaml", to_yaml(full_config(given)))
+        write_text(folder / "plan.txt", plan_text(plan))
     folders = {name: need.folder.name for name, need in prepared.needs.items()}
     about = environment(
         spec,
@@ -289,97 +303,74 @@ def _train(prepared: Prepared, options: Options) -> Generator[None, None, Result
         needs=folders,
         device=str(runtime.device),
         precision=runtime.precision,
+        processes=group.size,
     )
-    state = load_state(folder / CHECKPOINT)
     if state is not None:
         restore(session, state, str(folder / CHECKPOINT))
+        saver.take_up(state)
         worked.before = state["seconds"]
         _say(options, f"{folder.name}: goes on after update {session.step} of {session.steps}")
-    about["teacher_calls"] = batch_teachers(session, None if state is None else state["batched"])
-    for line in about["teacher_calls"]:
+    about["runtime"] = chosen.why
+    about["micro_batch"] = fit(session, None if state is None else state["accumulate"])
+    about["teacher_calls"] = decide(session, None if state is None else state["teacher_ways"])
+    for line in (*chosen.lines, *about["micro_batch"], *about["teacher_calls"]):
         _say(options, f"{folder.name}: {line}")
-    write_text(folder / "environment.json", json.dumps(about, indent=2) + "\n")
+    if group.leads:
+        write_text(folder / "environment.json", json.dumps(about, indent=2) + "\n")
     info = RunInfo(
         spec.root.name, folder, prepared.hash, spec.config, session.steps, session.steps_per_epoch, session.step
     )
-    lines = JsonLines(folder)
     bars = Progress(options.console, spec.root.shown_name, options.quiet)
-
-    def save(session: Session) -> None:
-        lines.flush()
-        save_state(folder / CHECKPOINT, training_state(session, worked.seconds()))
-
-    def improved(session: Session) -> None:
-        save_weights(session.student.net, folder / CHECKPOINT / BEST)
-
-    with watching(spec.registry, lines, TensorBoard(folder), bars):
-        step_end, eval_end = (compile_hook(spec.registry, hook) for hook in ("kdx_step_end", "kdx_eval_end"))
-        compile_hook(spec.registry, "kdx_run_start")(info)
+    with watching(spec.registry, bars, lines, TensorBoard(folder), leads=group.leads) as hook:
+        stop = group.stop(options.stop)
+        hook("kdx_run_start")(info)
         try:
             if session.step < session.steps:
-                for _ in training(session, Watchers(step_end, eval_end, improved, save, options.stop)):
+                watchers = Watchers(
+                    hook("kdx_step_end"), hook("kdx_eval_end"), saver.improved, saver.save, stop, saver.is_due
+                )
+                for _ in training(session, watchers):
                     with worked.paused():
                         yield
         finally:
-            compile_hook(spec.registry, "kdx_run_end")(info)
+            hook("kdx_run_end")(info)
     if session.step < session.steps:
         raise Stopped(f"{folder.name}: stopped after update {session.step} of {session.steps}; start it again to go on")
     result = conclude(
         session,
-        folder / CHECKPOINT / BEST,
+        saver.best(session),
         folder,
         hash=prepared.hash,
         needs={name: (need.folder, read_result(need.folder)) for name, need in prepared.needs.items()},
         plain=None if prepared.plain is None else (prepared.plain.folder, read_result(prepared.plain.folder)),
         seconds=worked.seconds(),
     )
-    write_result(folder, result)
-    write_report(folder)
+    if group.leads:
+        write_result(folder, result)
+        write_report(folder)
+    group.wait()
     return result
 
 
-@contextmanager
-def watching(registry: Registry, *watchers: object) -> Iterator[None]:
-    """Register watchers of one run for the length of the block."""
-    for watcher in watchers:
-        registry.manager.register(watcher, name=f"kdx {type(watcher).__name__}")
-    try:
-        yield
-    finally:
-        for watcher in watchers:
-            registry.manager.unregister(watcher)
+def _chosen(prepared: Prepared, options: Options, state: Mapping[str, Any] | None) -> Chosen:
+    """What is chosen of `runtime`, with sessions that lack the weights of the teachers' runs."""
+
+    def make(runtime: RuntimeOptions) -> Session:
+        tried, here = replace(prepared, spec=replace(prepared.spec, runtime=runtime)), Runtime(runtime)
+        plan = build_plan(tried, options, trained=False, device=here.device)
+        session = make_session(tried.spec, plan, prepared.dataset, prepared.splits, here)
+        fit(session, None)
+        return session
+
+    return choose(prepared.spec, make, None if state is None else state["settings"])
 
 
-@contextmanager
-def _own_randomness(seed: int) -> Iterator[None]:
-    """Torch's global random numbers, which dropout draws, follow the run's seed; the caller's go on undisturbed."""
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(derive_seed(seed, "training"))
-        yield
-
-
-@contextmanager
-def locked(folder: Path, console: Console) -> Iterator[None]:
-    """Hold the lock of a run's folder; it is let go when the process ends, however it ends."""
-    lock = filelock.FileLock(folder.parent / f".{folder.name}.lock")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        console.print(f"{folder.name}: another process works on it; waiting", markup=False, highlight=False)
-        lock.acquire()
-    except OSError as error:
-        raise KdxError(f"out: nothing can be written into {folder.parent}: {error.strerror or error}") from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _clear(folder: Path) -> None:
-    """Take away what an earlier run left, so that a fresh one starts from nothing."""
-    if folder.exists():
-        shutil.rmtree(folder)
+def _clear(folder: Path, command: str) -> None:
+    """Take away what an earlier command left, so that a fresh run starts from nothing."""
+    mark = folder.parent / f".{folder.name}.fresh"
+    if not mark.is_file() or mark.read_text(encoding="utf-8") != command:
+        remove_folder(folder)
+        write_text(mark, command)
 
 
 def _make_dataset(spec: RunSpec, given: Dataset | None) -> Dataset:
@@ -395,5 +386,5 @@ def _copies(networks: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
 
 
 def _say(options: Options, text: str) -> None:
-    if not options.quiet:
+    if not options.quiet and the_group().leads:
         options.console.print(text, markup=False, highlight=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -10,9 +9,14 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from kdx.devices import DTYPES, pick_device, pick_precision
+from kdx.components import Network
+from kdx.devices import DTYPES, pick_precision
+from kdx.distributed import the_group
 from kdx.errors import ConfigError
+from kdx.nonfinite import Faults
+from kdx.parallel import Parallel, pick_own_device
 from kdx.sections import RuntimeOptions
+from kdx.shards import local
 from kdx.types import Batch, Losses
 from kdx.updater import Engine
 
@@ -23,17 +27,38 @@ class Runtime(Engine):
     optimizer: torch.optim.Optimizer
 
     def __init__(self, options: RuntimeOptions) -> None:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ConfigError("WORLD_SIZE: a run uses one process; start kdx without torchrun")
         self.options = options
-        self.device = pick_device(options.device)
+        self.group = the_group()
+        self.device = pick_own_device(options.device)
         self.precision = pick_precision(options.precision, self.device)
         self.stopwatch = Stopwatch(self.device)
         self._dtype = DTYPES.get(self.precision)
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self._clip: float | None = None
+        self._parallel = Parallel(self.group, options.parallel)
+        self._stepped = False
+        self.faults = Faults(self.device, self.group.average)
         if options.threads is not None:
             torch.set_num_threads(options.threads)
+
+    def mirror(self, network: Network) -> Network:
+        """The network that is evaluated and kept in place of `network`, before `join`."""
+        return self._parallel.mirror(network)
+
+    def refresh(self) -> None:
+        """Let the network that is evaluated have the present weights."""
+        self._parallel.refresh()
+
+    def join(self, learner: nn.Module, *, by_hand: bool, lent: bool) -> Callable[..., Losses]:
+        """What runs the learner so that all processes learn the same; before the optimizer is made.
+
+        `by_hand` is for updaters that take the backward pass apart; `lent` says whether nodes call parts of models.
+        """
+        return self._parallel.join(learner, by_hand, lent)
+
+    def syncing(self, last: bool) -> AbstractContextManager[object]:
+        """The context of the passes of a micro-batch: gradients are shared with the last one of an update."""
+        return self._parallel.syncing(last)
 
     def prepare(
         self,
@@ -45,8 +70,16 @@ class Runtime(Engine):
         """Take charge of what is trained: the learner, and the updater's own parameters."""
         self._named = {name: weight for name, weight in learner.named_parameters() if weight.requires_grad}
         self._trained = [*self._named.values(), *(weight for weight in own if weight.requires_grad)]
+        self._by_dtype = [
+            [weight for weight in self._trained if weight.dtype == dtype]
+            for dtype in {weight.dtype: None for weight in self._trained}
+        ]
+        self._shared = self._parallel.left_over(learner, [*own])
         self.optimizer = optimizer
         self._clip = clip
+        self._decides = getattr(optimizer, "_step_supports_amp_scaling", False) and not self._scaler.is_enabled()
+        if self._decides:  # a fused optimizer reads on the device whether it is to do nothing
+            optimizer.grad_scale, optimizer.found_inf = None, self.faults.found  # type: ignore[attr-defined]
 
     def place(self, module: nn.Module) -> None:
         """Move a module to the device, in channels-last layout and compiled if the run says so."""
@@ -77,15 +110,36 @@ class Runtime(Engine):
         (self._scaler.scale(value) if self._scaler.is_enabled() else value).backward()  # type: ignore[no-untyped-call]
 
     def update(self) -> None:
-        if self._clip is not None:
+        self._parallel.share(self._shared)
+        if self._scaler.is_enabled():
             self._scaler.unscale_(self.optimizer)
-            torch.nn.utils.clip_grad_norm_(self._trained, self._clip)
+            (overflown,) = self._scaler._found_inf_per_device(self.optimizer).values()
+            scale = self._scaler._get_scale_async()
+            assert scale is not None
+            self.faults.judge_scaled(overflown, scale)
+        else:
+            self.faults.judge(
+                [[local(weight.grad) for weight in group if weight.grad is not None] for group in self._by_dtype]
+            )
+        if self._clip is not None:
+            self._parallel.clip(self._trained, self._clip)
         if self._scaler.is_enabled():
             self._scaler.step(self.optimizer)
             self._scaler.update()
-        else:
+        elif self._may_step():
             self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+            self._stepped = True
+        for weight in self._trained:  # as `zero_grad` does, without its record for profilers
+            weight.grad = None
+
+    def _may_step(self) -> bool:
+        """Whether to call the optimizer. Waits for a device that cannot skip an update by itself where that must be
+        known: for the first update, in which the state of an optimizer is made, and where faults are skipped.
+        """
+        if self._decides and (self._stepped or self.optimizer.state):
+            return True
+        must_know = self.device.type == "cpu" or self.faults.skip or not (self._stepped or self.optimizer.state)
+        return not (must_know and self.faults.found.item())
 
     def parameters(self) -> Iterator[nn.Parameter]:
         return iter(self._trained)
@@ -99,12 +153,14 @@ class Runtime(Engine):
             )
         chosen = self._trained if weights is None else [*weights]
         if not value.requires_grad or not chosen:
-            return [None] * len(chosen)
+            return self._parallel.averaged([None] * len(chosen), chosen)
         if not self._scaler.is_enabled():
-            return [*torch.autograd.grad(value, chosen, retain_graph=retain, allow_unused=True)]
+            found = torch.autograd.grad(value, chosen, retain_graph=retain, allow_unused=True)
+            return self._parallel.averaged(found, chosen)
         scaled = torch.autograd.grad(self._scaler.scale(value), chosen, retain_graph=retain, allow_unused=True)
         inverse = 1 / self._scaler.scale(torch.ones((), device=self.device))
-        return [None if gradient is None else gradient * inverse for gradient in scaled]
+        true = [None if gradient is None else gradient * inverse for gradient in scaled]
+        return self._parallel.averaged(true, chosen)
 
     @torch.no_grad()
     def add(self, gradients: Sequence[Tensor | None]) -> None:
@@ -136,7 +192,12 @@ class Runtime(Engine):
     def losses(self, weights: Mapping[str, Tensor], batch: Batch | None = None) -> Losses:
         if self.options.compile:
             raise ConfigError("runtime.compile: the updater looks ahead, which a compiled step does not allow")
-        return self._evaluate(weights, batch)
+        if batch is not None and self.group.size > 1:
+            raise ConfigError(
+                f"train.updater: it tries the learner on other samples than those of the update, which "
+                f"{self.group.size} processes do not allow; start kdx without torchrun"
+            )
+        return self.group.over_all(self._evaluate(weights, batch))
 
     def state(self) -> dict[str, object]:
         """What a resumed run needs."""

@@ -90,7 +90,7 @@ def seat_of(options: ModelOptions, home: torch.device | None, where: str) -> Sea
     Without `home` nothing is to be computed but shapes: the seat is then in main memory, on any machine. Raises
     `ConfigError` for a device or a precision that the machine does not have.
     """
-    if options.device is None and options.offload is None and options.precision is None:
+    if options.device is None and options.offload is None and options.precision is None and not options.shard:
         return None
     if home is None:
         return Seat(torch.device("cpu"), torch.device("cpu"), options.offload is not None)

@@ -11,9 +11,11 @@ class TrainOptions:
     """The `train` section.
 
     Training lasts `epochs`, or `updates` optimizer steps. A batch of `batch` samples is worked off in `accumulate`
-    parts. `evaluate` and `save` count epochs; `monitor` names the validation metric that picks the best epoch. An
-    epoch is one pass over the training samples, or as many updates as `steps_per_epoch` says. Weight decay acts on
-    matrices and kernels; with `decay_vectors` on vectors too, which are biases and norm scales.
+    parts, or in as few as have at most `micro_batch` samples; `auto` finds out when a run starts how few parts fit into
+    memory. `evaluate` and `save` count epochs; within an epoch the state is saved `save_minutes` after the last time.
+    `monitor` names the validation metric that picks the best epoch. An epoch is one pass over the training samples, or
+    as many updates as `steps_per_epoch` says. Weight decay acts on matrices and kernels; with `decay_vectors` on
+    vectors too, which are biases and norm scales.
     """
 
     epochs: float | None = None
@@ -21,6 +23,7 @@ class TrainOptions:
     steps_per_epoch: int | None = None
     batch: int = 128
     accumulate: int = 1
+    micro_batch: Any = None
     lr: Any = 0.05
     optimizer: dict[str, Any] = field(default_factory=dict)
     updater: dict[str, Any] = field(default_factory=dict)
@@ -30,6 +33,7 @@ class TrainOptions:
     ema: float | None = None
     evaluate: int = 1
     save: int = 1
+    save_minutes: float | None = 10.0
     monitor: str = "accuracy"
     minimise: bool = False
     calibration: int = 8
@@ -40,17 +44,26 @@ class RuntimeOptions:
     """The `runtime` section: where and how a run computes. Only `precision` changes its numbers by more than rounding.
 
     `teacher_batching` says whether frozen teachers of one architecture are one batched call: `auto` times either way
-    on a training batch when a run starts and says what it found, `always` and `never` do not ask.
+    on a training batch when a run starts and says what it found, `always` and `never` do not ask. `backend` is what
+    computes frozen teachers that name none of their own.
+
+    `auto` for `channels_last`, `compile` and `workers`, and `measured` for `precision`, leave the choice to a
+    measurement when a run starts. `runtime: auto` leaves all of these open, and `backend`.
+
+    `parallel` says how several processes train together: `ddp` keeps all weights on each, `fsdp` spreads weights,
+    gradients and the state of the optimizer over them; `auto` is `ddp` where there are several.
     """
 
     device: str = "auto"
     precision: str = "auto"
-    channels_last: bool = False
-    compile: bool = False
-    workers: int = 0
+    channels_last: Any = False
+    compile: Any = False
+    workers: Any = 0
     threads: int | None = None
     eval_batch: int = 256
     teacher_batching: str = "auto"
+    parallel: str = "auto"
+    backend: str = "eager"
 
 
 @dataclass(frozen=True)
@@ -60,7 +73,8 @@ class RootOptions:
     `name` is a part of the names of folders; `title` is what reports show in its place, and decides nothing else.
     `on_bad_teacher` says what a nan or inf in a frozen teacher's logits leads to: `refuse` ends the run and names
     teacher, update and samples; `drop` puts the mean of the other teachers' logits in its place for these samples, and
-    counts them.
+    counts them. `on_nonfinite` is about losses and gradients: `stop` ends the run and names loss, update and samples;
+    `skip` leaves such updates out and counts them.
     """
 
     name: str = "run"
@@ -71,6 +85,7 @@ class RootOptions:
     installed_plugins: bool = True
     baseline: bool = True
     on_bad_teacher: str = "refuse"
+    on_nonfinite: str = "stop"
     data: dict[str, Any] = field(default_factory=dict)
     student: dict[str, Any] = field(default_factory=dict)
     teachers: dict[str, Any] = field(default_factory=dict)
@@ -96,7 +111,10 @@ class ModelOptions:
 
     The rest is for frozen teachers, and says how one computes: on a `device` of its own; with `offload: cpu` its
     weights lie in main memory and are on the device only while it runs, so that teachers take turns there; in a
-    `precision` of its own, which is otherwise that of the run, or fp32 on another kind of device than the run's.
+    `precision` of its own, which is otherwise that of the run, or fp32 on another kind of device than the run's; by
+    a `backend` (eager, folded, compile, onnxruntime, openvino), where auto takes the fastest of them. With `cache` its
+    answers are stored once and read in place of it. With `shard` its weights are spread over the processes of a run;
+    on one process that changes nothing.
     """
 
     input: Any = None
@@ -107,6 +125,9 @@ class ModelOptions:
     device: str | None = None
     offload: str | None = None
     precision: str | None = None
+    backend: str | None = None
+    cache: Any = None
+    shard: bool = False
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+from kdx.cache_options import STORED, split_views
 from kdx.components import OPTIONAL, REQUIRED, Knob, Many, Node, Schedule
 from kdx.data import SplitOptions
 from kdx.errors import ConfigError, KdxError, did_you_mean
 from kdx.optim import read_optimizer
 from kdx.options import plain_options, read_options
 from kdx.plugins import Entry, Registry
-from kdx.ranges import check_model, check_names, check_ranges
+from kdx.ranges import AUTO, UNMEASURED, check_model, check_names, check_ranges, split_measured, with_parts
 from kdx.sections import ModelOptions, NodeOptions, RootOptions, RuntimeOptions, TrainOptions
 from kdx.types import Clock
 
@@ -37,6 +38,11 @@ class ModelSpec:
     @property
     def frozen(self) -> bool:
         return self.name != "student" and not self.engine.trainable
+
+    @property
+    def at_hand(self) -> bool:
+        """Whether there is a net, and not a cache alone."""
+        return bool(self.entry.component.name != STORED)
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,9 @@ class RunSpec:
     align: Mapping[str, NodeSpec]
     losses: Mapping[str, NodeSpec]
     registry: Registry
+    view_count: int | None = None
+    measured: tuple[str, ...] = ()
+    """The settings of `runtime` that a measurement decides."""
 
     @property
     def models(self) -> dict[str, ModelSpec]:
@@ -98,9 +107,10 @@ def check(config: Mapping[str, Any], registry: Registry) -> RunSpec:
     """Understand a resolved config; every `ConfigError` and `PluginError` starts with the path in the config."""
     root = read_options(RootOptions, config, "")
     train = read_options(TrainOptions, root.train, "train")
-    runtime = read_options(RuntimeOptions, root.runtime, "runtime")
+    runtime, measured = split_measured(read_options(RuntimeOptions, root.runtime, "runtime"))
     train = replace(train, optimizer=train.optimizer or OPTIMIZER, updater=train.updater or UPDATER)
     check_ranges(root, train, runtime)
+    train = with_parts(train)
     read_optimizer(train.optimizer)
     if not root.losses:
         raise ConfigError("losses: there are none, so nothing would be learnt; add at least `ce: {use: cross_entropy}`")
@@ -108,7 +118,8 @@ def check(config: Mapping[str, Any], registry: Registry) -> RunSpec:
     splits = read_options(SplitOptions, {key: root.data[key] for key in root.data if key in split_names}, "data")
     rest = {key: value for key, value in root.data.items() if key not in split_names and key != "views"}
     data = _part("datasets", "data", rest, "data", registry, extra={*split_names, "views"})
-    views = _views(root.data.get("views") or {}, rest, registry)
+    view_count, named_views = split_views(root.data.get("views"))
+    views = _views(named_views, rest, registry)
     updater = _part("updaters", "updater", train.updater, "train.updater", registry)
     metrics = tuple(
         _part("metrics", name, {"use": name, **_section(options, f"metrics.{name}")}, f"metrics.{name}", registry)
@@ -130,7 +141,7 @@ def check(config: Mapping[str, Any], registry: Registry) -> RunSpec:
     check_names(root)
     return RunSpec(
         config, root, train, runtime, lr, splits, data, views, updater, metrics, student, teachers, targets, align,
-        losses, registry,
+        losses, registry, view_count, measured,
     )  # fmt: skip
 
 
@@ -175,8 +186,11 @@ def full_config(spec: RunSpec) -> dict[str, Any]:
     """The config with every default filled in. It loads as the same run."""
     config = asdict(spec.root)
     config["data"] = {"use": spec.data.entry.component.name, **asdict(spec.splits), **plain_options(spec.data.options)}
-    if spec.views:
-        config["data"]["views"] = {name: _view_options(view) for name, view in spec.views.items()}
+    views: dict[str, Any] = {name: _view_options(view) for name, view in spec.views.items()}
+    if spec.view_count is not None:
+        views["count"] = spec.view_count
+    if views:
+        config["data"]["views"] = views
     config["student"] = _full_model(spec.student)
     config["teachers"] = {name: _full_model(model) for name, model in spec.teachers.items()}
     for section, nodes in (("targets", spec.targets), ("align", spec.align), ("losses", spec.losses)):
@@ -186,7 +200,7 @@ def full_config(spec: RunSpec) -> dict[str, Any]:
     }
     updater = {"use": spec.updater.entry.component.name, **plain_options(spec.updater.options)}
     config["train"] = {**asdict(spec.train), "lr": knob_config(spec.lr), "updater": updater}
-    config["runtime"] = asdict(spec.runtime)
+    config["runtime"] = {**asdict(spec.runtime), **{name: AUTO for name in spec.measured if name in UNMEASURED}}
     return config
 
 

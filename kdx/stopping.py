@@ -1,4 +1,4 @@
-"""The wish to stop, as a person or a cluster utters it."""
+"""The wish to stop, as a person or a cluster utters it, and what comes of it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ import signal
 from types import FrameType
 
 from rich.console import Console
+
+from kdx.errors import KdxError
+
+
+class Stopped(KdxError):  # noqa: N818  (it is no failure)
+    """A run was asked to stop; it has saved its state and goes on when it is started again."""
 
 
 class Stopper:

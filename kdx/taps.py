@@ -103,8 +103,9 @@ class _Captured:
             raise PlanError(f"tap {name!r}: the module gives a {type(value).__name__}, not a tensor")
         if self.versions is not None:
             self.versions.setdefault(name, []).append(value._version)
-        self.tensors[name] = value.clone() if name in self.cloned else value
-        if len(self.tensors) == self.stop_at and not torch.compiler.is_exporting():  # which follows calls to their end
+        exporting = torch.compiler.is_exporting()  # which follows calls to their end, past changes in place
+        self.tensors[name] = value.clone() if exporting or name in self.cloned else value
+        if len(self.tensors) == self.stop_at and not exporting:
             raise _Stop
 
 
@@ -197,6 +198,10 @@ class Tapped(nn.Module):
                 raise PlanError(f"tap {name!r} of {type(self.network.net).__name__}: the module did not run")
             found[name] = taken[name].flatten(1) if name == EMBEDDING else taken[name]
         return found
+
+    def run_through(self) -> None:
+        """Go to the end of the network from now on, though nothing after the last tap is wanted."""
+        self._captured.stop_at = 0
 
     def protect(self, batch: Batch) -> None:
         """Find the taps that the net changes in place after they were taken, and clone them from now on.

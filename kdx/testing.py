@@ -21,12 +21,15 @@ from torch import Tensor, nn
 
 from kdx.bench import LOSSES, Bench
 from kdx.components import OPTIONAL, Aligner, Loss, Model, Network, Node, Schedule, Target
+from kdx.halves import check_halves
+from kdx.held_graph import check_released
 from kdx.tiny import tiny_run
 from kdx.trial import (
     FACTS,
     Trial,
     Values,
     check_config,
+    check_gaps,
     copies,
     describe,
     hidden_parameters,
@@ -253,6 +256,9 @@ def _check_node(trial: Trial, *, order_matters: bool) -> None:
     _check_shapes(trial, values)
     _finite(trial, values, "")
     require(same_values(values, trial.run(trial.fresh(), inputs), exact=True), who, "two equal calls gave two results")
+    check_released(trial)
+    if vars(trial.component).get("separable", False) and not order_matters:
+        check_halves(trial)
     for way, duplicate in copies(trial.prototype, who):
         require(
             same_values(values, trial.run(duplicate, inputs), exact=True),
@@ -269,12 +275,14 @@ def _check_node(trial: Trial, *, order_matters: bool) -> None:
     if trial.knobs:
         try:
             same = same_values(values, trial.run(trial.fresh(), inputs, knobs_per_sample=True), exact=False)
-        except RuntimeError as error:
+        except AssertionError as error:
             raise AssertionError(f"{who}: knobs given per sample fail, use kdx.per_sample: {error}") from error
         require(same, who, f"equal knobs {sorted(trial.knobs)} given per sample change the result; use kdx.per_sample")
     optional = [name for name, spec in trial.component.inputs.items() if spec is OPTIONAL]
     if optional:
         _finite(trial, trial.run(trial.fresh(), {**inputs, **dict.fromkeys(optional)}), f"without {optional} ")
+    if trial.component.gaps:
+        check_gaps(trial, inputs, values)
     if not order_matters:
         order = torch.arange(trial.batch).roll(1)
         moved = trial.run(trial.fresh(), reindexed(inputs, order))

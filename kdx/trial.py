@@ -98,7 +98,10 @@ class Trial:
             name: torch.full((self.batch,), value) if knobs_per_sample else torch.tensor(value)
             for name, value in ((name, float(value)) for name, value in self.knobs.items())
         }
-        result = node(**named, **knobs, **self.modules)
+        try:
+            result = node(**named, **knobs, **self.modules)
+        except Exception as error:
+            raise AssertionError(f"{self.who}: forward raised {type(error).__name__}: {error}") from error
         if self.component.outputs == ("out",):
             require(isinstance(result, Tensor), self.who, f"forward gave a {type(result).__name__}, expected a tensor")
             return {"out": result}
@@ -108,6 +111,8 @@ class Trial:
             self.who,
             f"forward gave {found}, but declares outputs {sorted(self.component.outputs)}",
         )
+        for name, value in result.items():
+            require(isinstance(value, Tensor), self.who, f"{name} is a {type(value).__name__}, expected a tensor")
         return dict(result)
 
     def frozen_inputs(self) -> set[str]:
@@ -209,6 +214,10 @@ def check_declarations(component: type[Node], who: str) -> None:
             require(name not in taken, who, f"the name {name!r} in its {group} is taken by {taken.get(name)}")
             taken[name] = f"its {group}"
     declared = inputs | set(component.knobs) | set(component.borrows)
+    if component.gaps:
+        many = isinstance(component.inputs.get(component.gaps), Many)
+        require(many, who, f"gaps names {component.gaps!r}, expected one of its inputs of any number of refs")
+        declared |= {"present"}
     parameters = list(inspect.signature(component.forward).parameters.values())[1:]
     for parameter in parameters:
         require(
@@ -225,6 +234,22 @@ def check_declarations(component: type[Node], who: str) -> None:
     for name, knob in component.knobs.items():
         problem = knob.problem(knob.default) if isinstance(knob, Knob) else "must be a kdx.Knob"
         require(problem is None, who, f"the default of the knob {name} {problem}")
+
+
+def check_gaps(trial: Trial, inputs: Mapping[str, Any], values: Values) -> None:
+    """A node that declares `gaps` makes no use of what is absent, and none of a mask of what is all there."""
+    name = trial.component.gaps
+    count = len(inputs[name])
+    everyone = torch.ones(trial.batch, count, dtype=torch.bool)
+    whole = trial.run(trial.fresh(), {**inputs, "present": everyone})
+    require(same_values(values, whole, exact=False), trial.who, "`present` changes the result though nothing is absent")
+    present = torch.arange(trial.batch).unsqueeze(1) % (count + 1) != torch.arange(count)
+    present[:, 0] |= ~present.any(1)
+    moved = [torch.where(present[:, k].reshape(-1, *[1] * (x.ndim - 1)), x, x + 3) for k, x in enumerate(inputs[name])]
+    found = [trial.run(trial.fresh(), {**inputs, name: one, "present": present}) for one in (inputs[name], moved)]
+    require(
+        same_values(*found, exact=False), trial.who, f"what is absent of {name!r} changes the result; see `present`"
+    )
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

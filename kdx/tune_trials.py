@@ -20,9 +20,10 @@ from kdx.components import hookimpl
 from kdx.errors import ConfigError, KdxError
 from kdx.history import History, read_history
 from kdx.randomness import derive_seed
-from kdx.runs import Options, Stopped, carry_out, watching
+from kdx.runs import Options, Stopped, carry_out
 from kdx.tune import Choices, Ground, Point, Range, Search, Space, prepare_trial, space_text
 from kdx.types import EvalReport
+from kdx.watching import watching
 
 if TYPE_CHECKING:
     import optuna

@@ -24,7 +24,8 @@ class StreamFacts:
     `kind` is `image`, `audio` (a waveform `[T]`), `vector`, `label`, or `mask` (bool: `[T]` where a clip has sound,
     `()` for whether the sample has a modality at all). `mean` and `std` are per channel, on the scale that
     `Dataset.on_device` gives (`0..1` for images, `-1..1` for waveforms); a model normalises its own input with them
-    unless it brings its own. `rate` is that of a waveform in Hz, 0 for all else.
+    unless it brings its own. `rate` is that of a waveform in Hz, 0 for all else. `present` names the mask (bool, `()`
+    for one sample) of the samples that have this stream, where some may lack it.
     """
 
     kind: str
@@ -32,6 +33,7 @@ class StreamFacts:
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     rate: int = 0
+    present: str = ""
 
 
 @dataclass(frozen=True)

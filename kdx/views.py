@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
+import torch
+
 from kdx.components import Dataset, Split
 from kdx.errors import ConfigError, did_you_mean
 from kdx.randomness import Randomness
@@ -31,6 +33,7 @@ class Viewed(Dataset):
     def facts(self) -> DataFacts:
         facts = self._source.facts()
         extra = {f"{name}@{view}": facts.streams[name] for view in self._views for name in self._seen(facts)}
+        extra |= {f"{name}@{view}": about for view, data in self._views.items() for name, about in data.records.items()}
         return replace(facts, streams={**facts.streams, **extra})
 
     def train(self) -> Split:
@@ -50,8 +53,22 @@ class Viewed(Dataset):
         streams = self._seen(self._source.facts())
         for view, dataset in self._views.items():
             other = found if randomness is None else dataset.on_device(dict(batch), randomness)
-            found |= {f"{name}@{view}": other[name] for name in streams}
+            found |= {f"{name}@{view}": other[name] for name in (*streams, *dataset.records) if name in other}
+            if randomness is None and "mix_share" in dataset.records:  # each sample is itself
+                index = batch["index"]
+                found |= {
+                    f"mix_share@{view}": torch.ones(len(index), device=index.device),
+                    f"mix_partner@{view}": index,
+                }
         return found
+
+    def reading(self, streams: Iterable[str]) -> Dataset:
+        names = {stream.partition("@")[0] for stream in streams}
+        return Viewed(self._source.reading(names), {view: data.reading(names) for view, data in self._views.items()})
+
+    def varies(self, stream: str) -> bool:
+        name, _, view = stream.partition("@")
+        return (self._views[view] if view else self._source).varies(name)
 
     def only(self, names: Iterable[str]) -> Dataset:
         """The data set with these of its views; views that nothing reads are not made."""

@@ -84,6 +84,7 @@ class AttentionTransfer(kdx.Loss):
     """
 
     name = "at"
+    separable = True
     confidence = "values"
     inputs = {"student": STUDENT_DEPTHS, "teacher": TEACHER_DEPTHS}
 

@@ -4,7 +4,8 @@ All take logits [B, K], one tensor per teacher, with the same classes. They mix 
 `tau * log sum_k w_k softmax(z_k / tau)`, so that the loss `kd` at the same temperature has the gradient of the weighted
 mean of the divergences to each teacher. At `tau = 1` they mix plain probabilities. With the option `temperatures`, one
 number per teacher in the order of the inputs, each teacher's logits are divided by its number before all else, as
-where some teachers are far surer than they are right.
+where some teachers are far surer than they are right. A teacher that lacks what it reads of a sample is left out there,
+and the others share its weight.
 """
 
 from __future__ import annotations
@@ -17,19 +18,6 @@ import torch
 from torch import Tensor
 
 import kdx
-
-
-def mix(logits: Sequence[Tensor], log_weights: Sequence[Tensor | float], temperature: Tensor) -> Tensor:
-    """Logits [B, K] of the mixture of M distributions: `tau * log sum_k w_k softmax(z_k / tau)`.
-
-    `logits` are M tensors [B, K], `log_weights` M numbers or tensors [B], `temperature` is above 0, 0-d or [B].
-    """
-    tau = kdx.per_sample(temperature, logits[0])
-    parts = [
-        torch.log_softmax(z / tau, dim=1) + (w.unsqueeze(1) if isinstance(w, Tensor) else w)
-        for z, w in zip(logits, log_weights, strict=True)
-    ]
-    return tau * torch.logsumexp(torch.stack(parts), dim=0)
 
 
 def entropy(logits: Tensor) -> Tensor:
@@ -48,6 +36,7 @@ class Mean(kdx.Target):
 
     name = "mean"
     inputs = {"logits": kdx.Many("*.logits")}
+    gaps = "logits"
     knobs = {"temperature": kdx.Knob(1.0, above=0.0)}
     outputs = ("logits",)
 
@@ -58,6 +47,7 @@ class Mean(kdx.Target):
         temperatures: list[float] | None = None
 
     config: Config
+    log_weights: Tensor
 
     def __init__(self, config: Config, given: kdx.Given) -> None:
         super().__init__(config, given)
@@ -70,14 +60,25 @@ class Mean(kdx.Target):
         if not all(0 <= weight < math.inf for weight in weights) or not sum(weights) > 0:
             raise kdx.ConfigError(f"weights: found {weights}, expected numbers from 0 that are not all 0")
         self.weights = [weight / sum(weights) for weight in weights]
+        least = torch.finfo(torch.float32).tiny  # so that a teacher without weight speaks where no other does
+        self.register_buffer("log_weights", torch.tensor(self.weights).clamp(min=least).log(), persistent=False)
         _check_temperatures(config.temperatures, count)
 
-    def forward(self, logits: list[Tensor], temperature: Tensor) -> dict[str, Tensor]:
+    def forward(self, logits: list[Tensor], temperature: Tensor, present: Tensor | None = None) -> dict[str, Tensor]:
         logits = _softened(logits, self.config.temperatures)
+        if present is not None:
+            return self._of_present(logits, temperature, present)
         used = [(z, weight) for z, weight in zip(logits, self.weights, strict=True) if weight > 0]
         if self.config.of == "logits":
             return {"logits": torch.stack([z * weight for z, weight in used]).sum(0)}
-        return {"logits": mix([z for z, _ in used], [math.log(weight) for _, weight in used], temperature)}
+        return {"logits": kdx.log_mixture([z for z, _ in used], [math.log(weight) for _, weight in used], temperature)}
+
+    def _of_present(self, logits: list[Tensor], temperature: Tensor, present: Tensor) -> dict[str, Tensor]:
+        fixed = self.log_weights.to(logits[0].dtype).expand(len(present), -1)
+        log_weights = kdx.among_present(fixed, present)
+        if self.config.of == "logits":
+            return {"logits": (torch.stack(logits, 1) * log_weights.exp().unsqueeze(2)).sum(1)}
+        return {"logits": kdx.log_mixture(logits, log_weights.unbind(1), temperature)}
 
 
 def log_confidence_weights(logits: Sequence[Tensor], sharpness: Tensor) -> Tensor:
@@ -99,6 +100,7 @@ class ConfidenceMean(kdx.Target):
 
     name = "confidence_mean"
     inputs = {"logits": kdx.Many("*.logits")}
+    gaps = "logits"
     knobs = {"sharpness": kdx.Knob(4.0, at_least=0.0), "temperature": kdx.Knob(1.0, above=0.0)}
     outputs = ("logits", "weights")
 
@@ -112,19 +114,27 @@ class ConfidenceMean(kdx.Target):
         super().__init__(config, given)
         _check_temperatures(config.temperatures, kdx.check_teachers(given))
 
-    def forward(self, logits: list[Tensor], sharpness: Tensor, temperature: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self, logits: list[Tensor], sharpness: Tensor, temperature: Tensor, present: Tensor | None = None
+    ) -> dict[str, Tensor]:
         logits = _softened(logits, self.config.temperatures)
-        log_weights = log_confidence_weights(logits, sharpness)
-        return {"logits": mix(logits, log_weights.unbind(1), temperature), "weights": log_weights.exp()}
+        log_weights = kdx.among_present(log_confidence_weights(logits, sharpness), present)
+        return {"logits": kdx.log_mixture(logits, log_weights.unbind(1), temperature), "weights": log_weights.exp()}
 
 
-def entropy_weights(logits: Sequence[Tensor]) -> Tensor:
+def entropy_weights(logits: Sequence[Tensor], present: Tensor | None = None) -> Tensor:
     """Per-sample weights [B, M] of M >= 2 teachers, from M logits [B, K]: `(1 - H_k / sum_j H_j) / (M - 1)`.
 
-    They sum to 1, and are equal where all entropies are 0.
+    They sum to 1, and are equal where all entropies are 0. With `present`, bool [B, M], they are those of the teachers
+    that a sample has: one alone has the weight 1, others 0.
     """
     doubt = entropy(torch.stack(list(logits), 1)) + 1e-12
-    return (1 - doubt / doubt.sum(1, keepdim=True)) / (len(logits) - 1)
+    if present is None:
+        return (1 - doubt / doubt.sum(1, keepdim=True)) / (len(logits) - 1)
+    counted = present | ~present.any(1, keepdim=True)
+    count, share = counted.sum(1, keepdim=True), torch.where(counted, doubt, 0.0)
+    found = (1 - share / share.sum(1, keepdim=True)) / (count - 1).clamp(min=1)
+    return torch.where(counted, torch.where(count > 1, found, 1.0), 0.0)
 
 
 class EntropyMean(kdx.Target):
@@ -137,6 +147,7 @@ class EntropyMean(kdx.Target):
     name = "ebkd"
     confidence = "code"
     inputs = {"logits": kdx.Many("*.logits")}
+    gaps = "logits"
     knobs = {"temperature": kdx.Knob(4.0, above=0.0)}
     outputs = ("logits", "weights")
 
@@ -153,11 +164,13 @@ class EntropyMean(kdx.Target):
             raise kdx.PlanError("ebkd weighs teachers against each other, but it was given one; expected two or more")
         _check_temperatures(config.temperatures, count)
 
-    def forward(self, logits: list[Tensor], temperature: Tensor) -> dict[str, Tensor]:
+    def forward(self, logits: list[Tensor], temperature: Tensor, present: Tensor | None = None) -> dict[str, Tensor]:
         logits = _softened(logits, self.config.temperatures)
-        weights = entropy_weights(logits)
+        weights = entropy_weights(logits, present)
         log_weights = weights.clamp(min=1e-12).log()  # a weight of 0 would give a gradient of 0 * inf
-        return {"logits": mix(logits, log_weights.unbind(1), temperature), "weights": weights}
+        if present is not None:
+            log_weights = kdx.among_present(log_weights, present)
+        return {"logits": kdx.log_mixture(logits, log_weights.unbind(1), temperature), "weights": weights}
 
 
 def _check_temperatures(temperatures: list[float] | None, count: int) -> None:

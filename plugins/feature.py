@@ -46,6 +46,7 @@ class MeanSquaredError(kdx.Loss):
     """
 
     name = "mse"
+    separable = True
     inputs = {"student": kdx.REQUIRED, "teacher": kdx.REQUIRED}
     same_shape = (("student", "teacher"),)
 

@@ -82,6 +82,8 @@ def soft_targets(
 
     `mix` is what `jsd` and the skewed divergences mix with. The `reduction` `mean` divides by K.
     """
+    if divergence == "forward_kl" and reduction == "sum":
+        return _mean_over_positions(kdx.soft_divergence(student, teacher, temperature))
     tau = kdx.per_sample(temperature, student)
     log_p, log_q = F.log_softmax(teacher.detach() / tau, dim=1), F.log_softmax(student / tau, dim=1)
     values = DIVERGENCES[divergence](log_p, log_q, mix)
@@ -105,6 +107,7 @@ class SoftTargets(kdx.Loss):
     """
 
     name = "kd"
+    separable = True
     confidence = "values"
     inputs = {"student": "student.logits", "teacher": "teacher.logits"}
     knobs = {"temperature": kdx.Knob(4.0, above=0.0)}
@@ -153,6 +156,7 @@ class LogitRegression(kdx.Loss):
     """
 
     name = "mse_logits"
+    separable = True
     confidence = "paper"
     inputs = {"student": "student.logits", "teacher": "teacher.logits"}
     same_shape = (("student", "teacher"),)

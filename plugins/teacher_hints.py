@@ -50,15 +50,6 @@ class TeacherHints(kdx.Loss):
         return distances(regress(self.regressors, student, teacher), teacher).mean(1)
 
 
-def confidence_weights(logits: Sequence[Tensor], label: Tensor) -> Tensor:
-    """`(1 - softmax(CE)) / (M - 1)` over the cross-entropies of M >= 2 logits [B, K] with the labels, [B, M].
-
-    The weights sum to 1, and are equal where the label is -1.
-    """
-    errors = torch.stack([F.cross_entropy(z, label, reduction="none", ignore_index=-1) for z in logits], 1)
-    return (1 - errors.softmax(1)) / (errors.shape[1] - 1)
-
-
 class ConfidenceHints(kdx.Loss):
     """Hints of M >= 2 teachers, weighted by how well each classifies the student (Zhang et al.: CA-MKD, ICASSP 2022).
 
@@ -120,7 +111,9 @@ class ConfidenceHints(kdx.Loss):
             )
         found = regress(self.regressors, student, teacher)
         found = [torch.where(rectify, x.relu(), x) for rectify, x in zip(self.rectify, found, strict=True)]
-        weights = confidence_weights([head(x.mean((2, 3))) for head, x in zip(heads, found, strict=True)], label)
+        answers = [head(x.mean((2, 3))) for head, x in zip(heads, found, strict=True)]
+        errors = [F.cross_entropy(z, label, reduction="none", ignore_index=-1) for z in answers]
+        weights = kdx.confidence_weights(torch.stack(errors, 1))
         weights = weights.detach() if self.config.detach_weights else weights
         return (weights * distances(found, teacher)).mean(1)
 

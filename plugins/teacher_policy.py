@@ -81,11 +81,6 @@ class WeightPolicy(nn.Module):
         return torch.stack([torch.log_softmax(head(hidden), dim=1) for head in self.heads], 1)
 
 
-def confidence_weights(errors: Tensor) -> Tensor:
-    """Weights of M >= 2 teachers from their cross-entropies [B, M], `(1 - softmax(CE)) / (M - 1)`; they sum to 1."""
-    return (1 - errors.softmax(1)) / (errors.shape[1] - 1)
-
-
 class Mixture(nn.Module):
     """States [B, S] -> the logarithms of the weights that a policy and two rules give together, [B, 2, M].
 
@@ -105,7 +100,9 @@ class Mixture(nn.Module):
     def forward(self, states: Tensor) -> Tensor:
         cosines, gaps, errors = (states[:, self.starts + k] for k in range(3))
         own = torch.stack([gaps.softmax(1), cosines.softmax(1)], 1)
-        rules = torch.stack([self.policy(states).exp(), confidence_weights(errors).unsqueeze(1).expand_as(own), own], 1)
+        rules = torch.stack(
+            [self.policy(states).exp(), kdx.confidence_weights(errors).unsqueeze(1).expand_as(own), own], 1
+        )
         return torch.einsum("ht,bthm->bhm", self.odds.softmax(1), rules).log()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 import kdx
@@ -19,7 +20,9 @@ class WeightedDivergences(kdx.Loss):
     """
 
     name = "weighted_kd"
+    separable = True
     inputs = {"student": "student.logits", "teacher": kdx.Many("*.logits"), "weights": kdx.REQUIRED}
+    gaps = "teacher"
     knobs = {"temperature": kdx.Knob(4.0, above=0.0)}
 
     def __init__(self, config: WeightedDivergences.Config, given: kdx.Given) -> None:
@@ -27,8 +30,16 @@ class WeightedDivergences(kdx.Loss):
         kdx.check_same_classes(self.name, given)
         _check_weights(self.name, given)
 
-    def forward(self, student: Tensor, teacher: list[Tensor], weights: Tensor, temperature: Tensor) -> Tensor:
-        return (weights * kdx.soft_divergences(student, teacher, temperature)).sum(1)
+    def forward(
+        self,
+        student: Tensor,
+        teacher: list[Tensor],
+        weights: Tensor,
+        temperature: Tensor,
+        present: Tensor | None = None,
+    ) -> Tensor:
+        values = weights * kdx.soft_divergences(student, teacher, temperature)
+        return (values if present is None else torch.where(present, values, 0.0)).sum(1)
 
 
 class WeightedHints(kdx.Loss):
@@ -40,6 +51,7 @@ class WeightedHints(kdx.Loss):
     """
 
     name = "weighted_hints"
+    separable = True
     inputs = {"student": kdx.Many(), "teacher": kdx.Many("*.depth_100"), "weights": kdx.REQUIRED}
 
     def __init__(self, config: WeightedHints.Config, given: kdx.Given) -> None:

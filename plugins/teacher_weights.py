@@ -4,11 +4,12 @@ All take logits [B, K], one tensor per teacher, with the same classes. They give
 in the order of the inputs, which sum to 1, and the `logits` [B, K] of the mixture:
 `tau * log sum_k w_k softmax(z_k / tau)`, on which the loss `kd` at the same temperature has the gradient of the
 weighted mean of the divergences. No gradient of the student's loss reaches the weights: it would favour the teachers
-that are easy to imitate.
+that are easy to imitate. Where a sample lacks what a teacher reads, the others share its weight.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,20 +24,16 @@ FORMS = ("proportional", "softmax")
 
 
 def mix(logits: Sequence[Tensor], weights: Tensor, temperature: Tensor) -> Tensor:
-    """`tau * log sum_k w_k softmax(z_k / tau)`, [B, K], from M logits [B, K] and weights [B, M] or [M] above 0."""
+    """`tau * log sum_k w_k softmax(z_k / tau)`, [B, K], from M logits [B, K] and weights [B, M] or [M]."""
     tau = kdx.per_sample(temperature, logits[0])
     log_p = torch.stack([torch.log_softmax(z / tau, dim=1) for z in logits], 1)
-    return tau * torch.logsumexp(log_p + weights.clamp(min=1e-12).log().unsqueeze(-1), dim=1)
+    log_weights = torch.where(weights > 0, weights.clamp(min=1e-12).log(), -math.inf)
+    return tau * torch.logsumexp(log_p + log_weights.unsqueeze(-1), dim=1)
 
 
 def errors(logits: Sequence[Tensor], label: Tensor) -> Tensor:
     """The cross-entropies of M teachers with the labels, [B, M]; 0 where the label is -1."""
     return torch.stack([F.cross_entropy(z, label, reduction="none", ignore_index=-1) for z in logits], 1)
-
-
-def confidence_weights(errors: Tensor) -> Tensor:
-    """`(1 - softmax(CE)) / (M - 1)` over the cross-entropies [B, M] of M >= 2 teachers, [B, M]; they sum to 1."""
-    return (1 - errors.softmax(1)) / (errors.shape[1] - 1)
 
 
 class ConfidenceWeights(kdx.Target):
@@ -53,6 +50,7 @@ class ConfidenceWeights(kdx.Target):
     name = "ca_mkd"
     confidence = "values"
     inputs = {"logits": kdx.Many("*.logits"), "label": "batch.label"}
+    gaps = "logits"
     knobs = {"temperature": kdx.Knob(4.0, above=0.0)}
     outputs = ("logits", "weights")
 
@@ -61,14 +59,16 @@ class ConfidenceWeights(kdx.Target):
         if kdx.check_teachers(given) < 2:
             raise kdx.PlanError("ca_mkd weighs teachers against each other, but it was given one; expected two or more")
 
-    def forward(self, logits: list[Tensor], label: Tensor, temperature: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self, logits: list[Tensor], label: Tensor, temperature: Tensor, present: Tensor | None = None
+    ) -> dict[str, Tensor]:
         logits = _precise(logits)
-        weights = confidence_weights(errors(logits, label))
+        weights = kdx.confidence_weights(errors(logits, label), present)
         return {"logits": mix(logits, weights, temperature), "weights": weights}
 
 
 def accuracy_weights(right: Tensor, seen: Tensor, classes: int, sharpness: Tensor, form: str) -> Tensor:
-    """Weights [M] or [B, M] that sum to 1, from how many of the `seen` labels each teacher got `right` [M].
+    """Weights [M] or [B, M] that sum to 1, from how many of the labels that each has `seen` it got `right`, [M].
 
     The accuracies are `a = (right + 1) / (seen + K)`: guessing is assumed until labels are seen. `proportional` is
     `a^sharpness` over its sum, `softmax` is `softmax(sharpness * a)`; `sharpness` is 0-d or [B].
@@ -91,6 +91,7 @@ class AccuracyWeighted(kdx.Target):
 
     name = "accuracy_weighted"
     inputs = {"logits": kdx.Many("*.logits"), "label": "batch.label"}
+    gaps = "logits"
     knobs = {"sharpness": kdx.Knob(1.0, at_least=0.0), "temperature": kdx.Knob(1.0, above=0.0)}
     outputs = ("logits", "weights")
 
@@ -107,18 +108,27 @@ class AccuracyWeighted(kdx.Target):
         kdx.check_choice("form", config.form, FORMS)
         count = kdx.check_teachers(given)
         self.register_buffer("right", torch.zeros(count))
-        self.register_buffer("seen", torch.zeros(()))
+        self.register_buffer("seen", torch.zeros(count))
 
     def calibrate(self, **tensors: Any) -> None:
         label: Tensor = tensors["label"]
         answers = torch.stack([z.argmax(1) for z in tensors["logits"]])
-        self.right += (answers == label).sum(1)  # no answer is -1
-        self.seen += (label >= 0).sum()
+        present = tensors.get("present")
+        counted = (label >= 0).expand(len(answers), -1) if present is None else (label >= 0) & present.T
+        self.right += ((answers == label) & counted).sum(1)
+        self.seen += counted.sum(1)
 
-    def forward(self, logits: list[Tensor], label: Tensor, sharpness: Tensor, temperature: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self,
+        logits: list[Tensor],
+        label: Tensor,
+        sharpness: Tensor,
+        temperature: Tensor,
+        present: Tensor | None = None,
+    ) -> dict[str, Tensor]:
         logits = _precise(logits)
         weights = accuracy_weights(self.right, self.seen, logits[0].shape[1], sharpness, self.config.form)
-        weights = weights.to(logits[0].dtype).expand(len(label), -1)
+        weights = _among(weights.to(logits[0].dtype).expand(len(label), -1), present)
         return {"logits": mix(logits, weights, temperature), "weights": weights}
 
 
@@ -143,6 +153,7 @@ class LearnedMean(kdx.Target):
 
     name = "learned_mean"
     inputs = {"logits": kdx.Many("*.logits")}
+    gaps = "logits"
     knobs = {"temperature": kdx.Knob(1.0, above=0.0)}
     outputs = ("logits", "weights", "mixture")
 
@@ -161,16 +172,23 @@ class LearnedMean(kdx.Target):
             )
         self.scores = nn.Parameter(torch.zeros(count))
 
-    def forward(self, logits: list[Tensor], temperature: Tensor) -> dict[str, Tensor]:
+    def forward(self, logits: list[Tensor], temperature: Tensor, present: Tensor | None = None) -> dict[str, Tensor]:
         logits = _precise(logits)
         least = self.config.least
         weights = least + (1 - len(logits) * least) * self.scores.softmax(0)
+        if present is not None:
+            weights = _among(weights.expand(len(present), -1), present)
         fixed = weights.detach().to(logits[0].dtype)
         return {
             "logits": mix(logits, fixed, temperature),
             "weights": fixed.expand(len(logits[0]), -1),
             "mixture": mix(logits, weights, torch.ones_like(temperature)),
         }
+
+
+def _among(weights: Tensor, present: Tensor | None) -> Tensor:
+    """The weights [B, M] of those of the teachers that a sample has, which sum to 1."""
+    return weights if present is None else kdx.among_present(weights.clamp(min=1e-12).log(), present).exp()
 
 
 def _precise(logits: Sequence[Tensor]) -> list[Tensor]:

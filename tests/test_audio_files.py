@@ -180,10 +180,10 @@ TABLE = """image,audio,label,split
 """
 
 
-def table_of(folder: Path, text: str = TABLE, **options: Any) -> Paired:
+def table_of(folder: Path, content: str = TABLE, /, **options: Any) -> Paired:
     """A table, with images in `pictures` and clips in `sounds`."""
     index = folder / "pairs.csv"
-    index.write_text(text, encoding="utf-8")
+    index.write_text(content, encoding="utf-8")
     paths = {"images": str(folder / "pictures"), "sounds": str(folder / "sounds")}
     return Paired(Paired.Config(index=str(index), **{"rate": RATE, "size": 6, **paths, **options}))
 
@@ -205,6 +205,32 @@ def test_a_row_is_a_pair(pairs: Path) -> None:
     assert batch["audio"].shape == (4, 800)
     assert data.val() is None
     assert data.test() is not None
+
+
+def test_captions_of_a_table_become_vectors(pairs: Path) -> None:
+    table = "image,audio,caption,label\n0.png,0.wav,A cat.,cat\n1.png,1.wav,,dog\n2.png,2.wav,Two cats.,cat\n"
+    data = table_of(pairs, table, text={"ngrams": 64})
+    batch = data.train().fetch([0, 1, 2])
+    assert batch["text"].norm(dim=1).tolist() == pytest.approx([1, 0, 1])
+    assert batch["text"][0] @ batch["text"][2] > 0.2
+    assert data.facts().streams["text"].kind == "vector"
+    other = table_of(pairs, table.replace("Two", "Three"), text={"ngrams": 64})
+    assert other.fingerprint() != data.fingerprint()
+
+
+def test_stored_vectors_of_a_table_are_found_by_the_path_of_the_image(pairs: Path) -> None:
+    np.save(pairs / "v.npy", np.eye(3, dtype=np.float32))
+    (pairs / "v.txt").write_text("2\n1\n0\n")
+    stored = {"file": str(pairs / "v.npy"), "index": str(pairs / "v.txt")}
+    data = table_of(pairs, "image,label\n0.png,cat\n2.png,dog\n", text=stored)
+    assert data.train().fetch([0, 1])["text"].tolist() == [[0, 0, 1], [1, 0, 0]]
+    with pytest.raises(DataError, match=r"pairs\.csv row 3: .*v\.npy has no vector for '3'"):
+        _ = table_of(pairs, "image,label\n0.png,cat\n3.png,dog\n", text=stored).splits
+
+
+def test_vectors_of_captions_need_a_column_of_captions(pairs: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.text: .*pairs\.csv has no column 'caption'"):
+        table_of(pairs, text={})
 
 
 def test_masks_say_what_a_row_lacks(pairs: Path) -> None:

@@ -21,10 +21,11 @@ from kdx.batched import Choice, Together, alike, choose
 from kdx.calls import ModelCall, Values
 from kdx.errors import ConfigError, PlanError
 from kdx.fanout import Shared
-from kdx.loop import Session, batch_teachers
+from kdx.loop import Session
 from kdx.resume import restore, training_state
 from kdx.runs import carry_out, check_run
 from kdx.types import Batch
+from kdx.ways import decide, ways
 
 SMALL = {"use": "small", "width": 8}
 THREE: dict[str, Any] = config_of(
@@ -96,8 +97,8 @@ def test_one_call_gives_what_several_give_within_rounding() -> None:
 
 def test_training_with_one_call_is_training_with_several_within_rounding() -> None:
     several, one = session_of(THREE), session_of(THREE, ALWAYS)
-    assert len(batch_teachers(one, None)) == 1
-    assert one.teachers.batched == [["one", "two", "three"]]
+    assert len(decide(one, None)) == 1
+    assert ways(one) == [["batched", ["one", "two", "three"]]]
     assert [call.name for call in one.teachers.live] == ["slim"]
     for mine, own in zip(Seen(several).steps, Seen(one).steps, strict=True):
         torch.testing.assert_close(own.terms["total"], mine.terms["total"], rtol=1e-5, atol=1e-6)
@@ -181,18 +182,18 @@ def test_a_net_whose_code_differs_is_found_out_by_its_numbers() -> None:
 
 def test_a_resumed_run_goes_on_as_it_began() -> None:
     first, second, third = session_of(THREE, ALWAYS), session_of(THREE), session_of(THREE)
-    batch_teachers(first, None)
+    decide(first, None)
     state = training_state(first, 0.0)
     restore(second, state, "here")
-    batch_teachers(second, state["batched"])
-    assert second.teachers.batched == [["one", "two", "three"]]
-    assert batch_teachers(third, []) == ()
-    assert third.teachers.batched == []
+    decide(second, state["teacher_ways"])
+    assert ways(second) == [["batched", ["one", "two", "three"]]]
+    assert decide(third, []) == ()
+    assert ways(third) == []
 
 
 def test_never_and_other_layouts_do_not_measure() -> None:
     for layer in ({"teacher_batching": "never"}, {"channels_last": True}):
-        assert batch_teachers(session_of(THREE, {"runtime": layer}), None) == ()
+        assert decide(session_of(THREE, {"runtime": layer}), None) == ()
 
 
 def test_a_run_says_what_it_chose_and_writes_it_down(tmp_path: Path) -> None:
@@ -233,7 +234,7 @@ def test_what_is_asked_for_always_is_done_side_by_side_as_well() -> None:
     sessions = [session_of(THREE, ALWAYS), session_of(THREE, ALWAYS)]
     for session in sessions:
         shared.join(session)
-        batch_teachers(session, None)
-        assert session.teachers.batched == [["one", "two", "three"]]
+        decide(session, None)
+        assert ways(session) == [["batched", ["one", "two", "three"]]]
     one, other = (session.teachers(session.feed.at(0), session.knobs.at(session.clock)) for session in sessions)
     assert all(torch.equal(value, other[key]) for key, value in one.items())

@@ -40,9 +40,9 @@ class Evil:
 
 def test_weights_come_back_under_the_same_names_with_their_header(tmp_path: Path) -> None:
     path = tmp_path / "net.safetensors"
-    save_weights(net_of(), path, {"about": "a test"})
+    digest = save_weights(net_of(), path, {"about": "a test"})
     with safetensors.safe_open(path, "pt") as file:
-        assert file.metadata() == {"about": "a test"}
+        assert file.metadata() == {"about": "a test", "sha256": digest}
         assert set(file.keys()) == set(net_of().state_dict())
     other = net_of(1)
     load_weights(other, path, "here")

@@ -95,7 +95,7 @@ def test_a_command_line_that_is_wrong_ends_with_2(arguments: list[str], capsys: 
 def test_run_trains_shows_a_table_and_names_the_report(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", distil(), "--quiet"]) == 0
     captured = capsys.readouterr()
-    assert folders(Path("runs")) == ["distilled", "distilled_plain", "wide"]
+    assert folders(Path("runs")) == ["distilled", "plain", "wide"]
     assert "accuracy" in captured.out
     (line,) = [line for line in captured.out.splitlines() if line.startswith("report: ")]
     assert Path(line.removeprefix("report: ")).is_file()
@@ -132,7 +132,7 @@ def test_a_dry_run_checks_everything_and_trains_nothing(capsys: pytest.CaptureFi
     assert main(["run", distil(), "--dry-run"]) == 0
     text = capsys.readouterr().out
     states = re.findall(r"runs/(\w+)-[0-9a-f]{12}: (.*)", text)
-    assert states == [(name, "to be trained") for name in ("wide", "distilled_plain", "distilled")]
+    assert states == [(name, "to be trained") for name in ("wide", "plain", "distilled")]
     assert not Path("runs").exists()
     main(["run", small(overlay(TEACHER, {"student": TEACHER["student"]})), "--quiet"])
     capsys.readouterr()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from stamp_folder import stamps
 
 import kdx
 from kdx.config import load
@@ -43,8 +44,13 @@ def extended() -> set[Path]:
 
 STUDIES = sorted((CONFIGS / "ablations").glob("*.yaml"))
 """They are planned in test_study.py, and searches in test_tune.py."""
+STAMPS = [path for path in sorted(CONFIGS.rglob("*.yaml")) if path not in STUDIES and is_whole(path)
+          and load(path).get("data", {}).get("use") == "tuxpaint"]  # fmt: skip
+"""Those of data that kdx does not bring, whose layout a small folder can have."""
 OTHERS = [
-    path for path in sorted(CONFIGS.rglob("*.yaml")) if path not in CIFAR and path not in STUDIES and is_whole(path)
+    path
+    for path in sorted(CONFIGS.rglob("*.yaml"))
+    if path not in CIFAR and path not in STUDIES and path not in STAMPS and is_whole(path)
 ]
 QUICK = {"multi_teacher", "kd", "fitnet", "crd"}
 
@@ -72,6 +78,12 @@ def plan_of(path: Path, *overrides: str) -> Plan:
 def test_a_config_can_be_planned(path: Path) -> None:
     plan = plan_of(path)
     assert not plan.unused or path.resolve() in extended(), f"no loss needs {plan.unused}"
+
+
+@pytest.mark.parametrize("path", STAMPS, ids=name_of)
+def test_a_config_of_stamps_can_be_planned_on_a_folder_of_them(path: Path, tmp_path: Path) -> None:
+    plan = plan_of(path, f"data.root={stamps(tmp_path)}")
+    assert not plan.unused, f"no loss needs {plan.unused}"
 
 
 @pytest.mark.parametrize("path", CIFAR, ids=name_of)

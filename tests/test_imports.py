@@ -15,33 +15,40 @@ import kdx
 ROOT = Path(kdx.__file__).parent
 PLUGINS = ROOT.parent / "plugins"
 LAYERS = """
-    errors formats page statistics markdown figures stopping
-    types files options config randomness heads sections
-    components ranges devices class_choice
-    updater
+    errors formats page statistics markdown figures
+    stopping types files options config randomness heads sections worked
+    cache_options
+    cache
+    components ranges devices class_choice group
+    distributed synced_norm shards
+    updater fused parallel locks
     authoring hookspecs taps data optim measure checkpoint
     result tap_list views seats
     history standings comparable
     builtin.layouts builtin.augment builtin.schedules builtin.losses builtin.metrics builtin.models builtin.updaters \
-        builtin.pictures builtin.watchers builtin.spectra
+        builtin.pictures builtin.watchers builtin.spectra builtin.stamps builtin.text_vectors
     builtin.aligners builtin.image_data builtin.audio_augment
     builtin.audio_data builtin.image_folder builtin.sound_files
     builtin.pair_files builtin.spoken_digits builtin.tensor_data builtin.timm_images builtin.torchvision_images
-    builtin.audio_folder builtin.paired
+    builtin.audio_folder builtin.paired builtin.tuxpaint
     builtin.images
     builtin builtin.make_fashion_mnist
     builtin.make_spoken_digits
     plugins
-    spec catalogue
+    spec catalogue presence watching
     calls trial
-    reach probe shown guard
+    recall reach probe shown guard gaps
     plan identity
-    plots_shown report_teachers batched
+    cache_key plots_shown report_teachers batched backends_graph nonfinite
+    backends
+    spread
     modules runtime table deploy plots report_text
-    feed student report functional
+    cache_fill cache_import feed student report functional diagnosis memory
     loop
     agreement
-    outcome resume preflight derive
+    outcome ways preflight derive runtime_choice micro_batch
+    resume
+    saving
     runs
     api init reference study fanout tune
     study_table findings executors tune_trials
@@ -49,7 +56,7 @@ LAYERS = """
     tune_jobs
     study_plots study_latex study_text study_live
     study_report tune_report
-    tiny bench tune_command
+    tiny bench tune_command cache_command halves held_graph
     testing cli
     __main__
 """

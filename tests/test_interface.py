@@ -42,7 +42,11 @@ CHECKS = {
     "schedules": "check_schedule",
 }
 """The check of each kind that has one; data sets, metrics and updaters are tested without."""
-WITHOUT_CHECK = {"module": "any net at all", "onnx": "frozen, and the checks train"}
+WITHOUT_CHECK = {
+    "module": "any net at all",
+    "onnx": "frozen, and the checks train",
+    "vectors": "no weights, and the checks train",
+}
 """Models that no check can try."""
 WRITTEN_ONLY = {("module", "digest"): "stands for the weights in the hash of a run"}
 """Options that decide something although no component reads them."""

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 import kdx
 from kdx.components import Split
 from kdx.data import View
-from kdx.loop import Session, Watchers, evaluate, highest, length, split, train
+from kdx.group import split
+from kdx.loop import Session, Watchers, evaluate, highest, length, train
 from kdx.types import Batch, Clock, EvalReport
 
 ROOT = Path(kdx.__file__).parent

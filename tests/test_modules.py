@@ -208,6 +208,16 @@ def test_the_average_follows_its_formula_and_copies_buffers() -> None:
     assert not any(parameter.requires_grad for parameter in average.model.parameters())
 
 
+def test_the_average_follows_a_buffer_that_is_replaced_by_a_larger_one() -> None:
+    net = nn.BatchNorm1d(2)
+    net.register_buffer("bank", torch.zeros(0))
+    average = Average(Network(net), 0.9)
+    for n in range(1, 4):
+        net.bank = torch.arange(float(n))
+        average.update(Clock(n, 10, 30))
+    assert average.model.net.bank.tolist() == [0, 1, 2]  # type: ignore[union-attr]
+
+
 def test_nodes_are_trained_as_their_sections_say() -> None:
     session = session_of(
         STATEFUL,

@@ -173,7 +173,7 @@ def test_the_plain_student_is_part_of_the_result(distilled: RunResult) -> None:
     assert plain is not None
     assert plain.folder is not None
     result = read_result(distilled.folder.parent / plain.folder)
-    assert plain.folder.startswith("distilled_plain-")
+    assert plain.folder.startswith("plain-")
     assert plain.test == result.best.test
     assert (result.seen, result.labelled) == (18, 18)
     assert (distilled.result.seen, distilled.result.labelled) == (36, 18)

@@ -163,7 +163,7 @@ def test_a_run_that_looks_ahead_resumes_exactly(config: dict[str, Any], tmp_path
 
 def test_a_plain_student_is_trained_without_looking_ahead(tmp_path: Path) -> None:
     found = run_in(tmp_path, MKD, {"baseline": True, "train": {"updates": 2}})
-    plain = [path for path in tmp_path.iterdir() if path.name.startswith("distilled_plain-")]
+    plain = [path for path in tmp_path.iterdir() if path.name.startswith("plain-")]
     assert len(plain) == 1
     assert load_mapping({"extends": str(plain[0] / "config.yaml")})["train"]["updater"] == {"use": "plain"}
     assert load_mapping({"extends": str(Path(found.folder) / "config.yaml")})["train"]["updater"]["use"] == "look_ahead"

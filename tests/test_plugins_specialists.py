@@ -326,6 +326,7 @@ def test_a_teacher_that_learnt_some_classes_has_outputs_for_these_alone_and_is_k
     plan = make_plan(spec_of({"teachers": nets, "targets": union, "losses": losses}), FACTS, batch(), classes=classes)
     assert plan.shapes["low.logits"] == plan.shapes["high.logits"] == (2,)
     assert plan.shapes["student.logits"] == plan.shapes["union.logits"] == (3,)
+    assert not plan.knows_classes("low")
     values = run_calls(plan, batch())
     low, high = (values[f"{name}.logits"].softmax(1) for name in ("low", "high"))
     weights = values["union.weights"]
@@ -334,6 +335,13 @@ def test_a_teacher_that_learnt_some_classes_has_outputs_for_these_alone_and_is_k
         1,
     )
     torch.testing.assert_close(values["union.logits"].exp(), expected)
+
+
+def test_a_teacher_of_as_many_other_classes_is_not_taken_for_one_of_the_same() -> None:
+    config = {"teachers": {"low": NET, "high": NET}, "losses": {"kd": {"use": "aver"}}}
+    plan = make_plan(spec_of(config), FACTS, batch(), classes={"low": ("gnu", "hen", "ibis"), "high": FACTS.classes})
+    assert plan.shapes["low.logits"] == plan.shapes["high.logits"] == (3,)
+    assert [plan.knows_classes(name) for name in ("low", "high", "student")] == [False, True, True]
 
 
 def half(folder: Path, classes: list[int]) -> str:

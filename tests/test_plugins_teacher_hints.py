@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from builders import NET, VIT, batch, forward, plan_of
 from golden_inputs import normal
-from kdx_plugins.teacher_hints import ConfidenceHints, TeacherHints, confidence_weights, distances
+from kdx_plugins.teacher_hints import ConfidenceHints, TeacherHints, distances
 from torch import Tensor, nn
 
 import kdx
@@ -86,9 +86,13 @@ def test_a_student_that_meets_every_teacher_has_the_value_0() -> None:
 # --- ca_mkd_hints
 
 
+def errors_of(logits: list[Tensor], label: Tensor) -> Tensor:
+    return torch.stack([F.cross_entropy(z, label, reduction="none", ignore_index=-1) for z in logits], 1)
+
+
 def test_the_weights_are_those_of_the_published_rule_and_equal_without_a_label() -> None:
     logits = [normal(seed, 4, 4) for seed in range(3)]
-    weights = confidence_weights(logits, LABEL)
+    weights = kdx.confidence_weights(errors_of(logits, LABEL))
     for row, label in enumerate(LABEL.tolist()):
         if label < 0:
             expected = torch.full((3,), 1 / 3, dtype=torch.float64)
@@ -146,7 +150,8 @@ def test_a_teacher_whose_classifier_guesses_gets_less_weight() -> None:
     guess = (
         3 * torch.eye(4, dtype=torch.float64)[torch.randint(0, 4, (40,), generator=torch.Generator().manual_seed(3))]
     )
-    weights = confidence_weights([good + normal(0, 40, 4), guess, good + normal(1, 40, 4)], label).mean(0)
+    answers = [good + normal(0, 40, 4), guess, good + normal(1, 40, 4)]
+    weights = kdx.confidence_weights(errors_of(answers, label)).mean(0)
     assert weights[1] < min(weights[0], weights[2]) - 0.1
 
 

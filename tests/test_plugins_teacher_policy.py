@@ -15,7 +15,6 @@ from kdx_plugins.teacher_policy import (
     PolicyWeights,
     Selection,
     WeightPolicy,
-    confidence_weights,
     learn,
     mixture_divergence,
     policy_loss,
@@ -80,7 +79,7 @@ def test_the_confidence_weights_have_their_golden_values() -> None:
         [0.42161871, 0.18281218, 0.35289949],
         [0.11863238, 0.41817578, 0.22066578],
     ]
-    for found, row in zip(confidence_weights(errors).T.tolist(), expected, strict=True):
+    for found, row in zip(kdx.confidence_weights(errors).T.tolist(), expected, strict=True):
         assert found == pytest.approx(row, abs=1e-8)
     assert kdx.soft_divergences(STUDENT, TEACHERS, number(4.0)).mean().item() == pytest.approx(0.3704212887, abs=1e-9)
 

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from golden_inputs import STUDENT, TEACHER, normal, number
-from kdx_plugins.ensemble import mix
 from kdx_plugins.logit import soft_targets
 from kdx_plugins.teacher_terms import WeightedDivergences, WeightedHints
 
@@ -50,7 +49,7 @@ def test_the_divergences_are_those_of_soft_targets() -> None:
 def test_the_gradient_is_that_of_soft_targets_of_the_mixture() -> None:
     student = STUDENT.clone().requires_grad_()
     (ours,) = torch.autograd.grad(weighted_kd()(student, TEACHERS, CONFIDENCE, number(4.0)).sum(), student)
-    mixture = mix(TEACHERS, (CONFIDENCE / CONFIDENCE.sum(1, keepdim=True)).log().unbind(1), number(4.0))
+    mixture = kdx.log_mixture(TEACHERS, (CONFIDENCE / CONFIDENCE.sum(1, keepdim=True)).log().unbind(1), number(4.0))
     (theirs,) = torch.autograd.grad(soft_targets(student, mixture, number(4.0)).sum(), student)
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
 

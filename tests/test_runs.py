@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -58,15 +59,14 @@ def test_a_run_leaves_a_complete_folder(cascade: kdx.RunResult) -> None:
         "result.json", "report.md", "report.html", "curves.png", "confusion.png",
     }  # fmt: skip
     assert not [name for name in names if name.startswith(".") or name.endswith(".new")]
-    assert {path.name for path in (cascade.folder / "checkpoint").iterdir()} == {
-        "last.pt", "previous.pt", "best.safetensors",
-    }  # fmt: skip
+    kept = {path.name for path in (cascade.folder / "checkpoint").iterdir()}
+    assert kept == {"last.pt", "previous.pt", f"best-{cascade.result.best.step}.safetensors"}
 
 
 def test_a_run_trains_its_teacher_and_its_plain_student_first(cascade: kdx.RunResult) -> None:
-    assert folders(cascade.folder.parent) == ["distilled", "distilled_plain", "wide"]
+    assert folders(cascade.folder.parent) == ["distilled", "plain", "wide"]
     ends = [(only(cascade.folder.parent, name) / "result.json").stat().st_mtime_ns
-            for name in ("wide", "distilled_plain", "distilled")]  # fmt: skip
+            for name in ("wide", "plain", "distilled")]  # fmt: skip
     assert ends == sorted(ends)
 
 
@@ -95,11 +95,11 @@ def test_a_finished_run_is_taken_as_it_is(cascade: kdx.RunResult) -> None:
 
 def test_another_student_of_the_same_teacher_does_not_train_it_again(cascade: kdx.RunResult) -> None:
     runs = cascade.folder.parent
-    teacher, plain = (touched(only(runs, name)) for name in ("wide", "distilled_plain"))
+    teacher, plain = (touched(only(runs, name)) for name in ("wide", "plain"))
     other = run_in(runs, CASCADE, {"name": "other", "losses": {"kd": {"temperature": 5.0}}, "baseline": False})
     assert other.result.hash != cascade.result.hash
     assert touched(only(runs, "wide")) == teacher
-    assert touched(only(runs, "distilled_plain")) == plain
+    assert touched(only(runs, "plain")) == plain
 
 
 def test_a_teacher_that_two_models_come_from_is_trained_once_even_when_fresh(tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_two_teachers_whose_runs_differ_in_name_alone_are_both_trained() -> None
             "losses": {"kd": {"inputs": {"teacher": "wide.logits"}},
                        "kd2": {"use": "kd", "inputs": {"teacher": "twin.logits"}}}}  # fmt: skip
     names = [one.spec.root.name for one, _ in family(prepared(CASCADE, twin), quiet())]
-    assert names == ["wide", "twin", "distilled_plain", "distilled"]
+    assert names == ["wide", "twin", "plain", "distilled"]
 
 
 def test_fresh_trains_again_and_finds_the_same_numbers(tmp_path: Path) -> None:
@@ -174,16 +174,31 @@ def test_a_report_that_a_kill_prevented_is_written_when_the_run_is_asked_for_aga
     assert (cascade.folder / "report.html").is_file()
 
 
-@pytest.mark.parametrize("damage", ["torn result", "no student"])
-def test_a_run_whose_end_is_damaged_is_concluded_again_without_training(tmp_path: Path, damage: str) -> None:
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("torn result", "torn or not JSON"),
+        ("altered result", "result.json: altered"),
+        ("altered student", "student.safetensors is altered"),
+        ("no student", None),
+    ],
+)
+def test_a_run_whose_end_is_damaged_is_concluded_again_without_training(
+    tmp_path: Path, damage: str, message: str | None
+) -> None:
     first = run_in(tmp_path, STATEFUL)
     before = touched(first.folder)
-    if damage == "torn result":
-        text = (first.folder / "result.json").read_text()
-        (first.folder / "result.json").write_text(text[: len(text) // 2])
+    result, student = first.folder / "result.json", first.folder / "student.safetensors"
+    if damage == "no student":
+        student.unlink()
+    elif damage == "altered student":
+        student.write_bytes(student.read_bytes()[:-1] + b"!")
     else:
-        (first.folder / "student.safetensors").unlink()
-    again = run_in(tmp_path, STATEFUL)
+        text = result.read_text()
+        half, other = text[: len(text) // 2], text.replace('"seen": 36', '"seen": 37')
+        result.write_text(half if damage == "torn result" else other)
+    with nullcontext() if message is None else pytest.warns(UserWarning, match=message):
+        again = run_in(tmp_path, STATEFUL)
     after = touched(first.folder)
     assert after["metrics.jsonl"][1] == before["metrics.jsonl"][1]
     assert after["student.safetensors"][1] == before["student.safetensors"][1]
@@ -282,7 +297,7 @@ def test_a_student_that_was_handed_in_does_not_stand_in_for_that_of_its_teacher(
                                  "teachers": {"wide": {"run": teacher}}})  # fmt: skip
     found = run_in(tmp_path, config, models={"student": net})
     assert set(weights_of(found.folder)) == {"flat.weight", "flat.bias"}
-    assert set(weights_of(only(tmp_path, "distilled_plain"))) == {"flat.weight", "flat.bias"}
+    assert set(weights_of(only(tmp_path, "plain"))) == {"flat.weight", "flat.bias"}
     assert "second.0.weight" in weights_of(only(tmp_path, "wide"))
 
 

@@ -47,12 +47,6 @@ def test_auto_precision_on_a_cpu_is_fp32_and_fp16_is_refused_there() -> None:
         pick_precision("fp16", cpu)
 
 
-def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="start kdx without torchrun"):
-        Runtime(CPU)
-
-
 def linear_and_sgd() -> tuple[nn.Linear, torch.optim.Optimizer]:
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -172,7 +172,7 @@ def test_a_study_trains_each_trial_once_and_shares_teachers_and_plain_students(
     assert main(["ablate", path]) == 0
     assert "no_hint" in capsys.readouterr().out
     assert folders(Path("runs")).count("study") == 4
-    assert folders(Path("runs")).count("study_plain") == 2
+    assert folders(Path("runs")).count("plain") == 2
     assert folders(Path("runs")).count("wide") == 1
     rows = [*csv.DictReader(Path("runs/study_study/table.csv").read_text().splitlines())]
     alone = run_in(Path("alone"), CASCADE, {"losses": {"hint": None}, "seed": 1})
@@ -200,7 +200,7 @@ def test_the_title_is_no_part_of_the_plain_student_or_of_a_teacher() -> None:
     run_in(Path("runs"), CASCADE, {"title": "shown"})
     names = {path.parent.name.rpartition("-")[0]: read_result(path.parent).name
              for path in Path("runs").glob("*/result.json")}  # fmt: skip
-    assert names == {"distilled": "shown", "distilled_plain": "distilled_plain", "wide": "wide"}
+    assert names == {"distilled": "shown", "plain": "plain", "wide": "wide"}
 
 
 def test_a_trial_that_fails_is_reported_and_the_others_go_on(capsys: pytest.CaptureFixture[str]) -> None:

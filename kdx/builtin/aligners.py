@@ -36,6 +36,7 @@ class Identity(Aligner):
     """The source as it is; its shape must be that of `like`."""
 
     name = "identity"
+    separable = True
 
     def __init__(self, config: Identity.Config, given: Given) -> None:
         super().__init__(config, given)
@@ -55,6 +56,7 @@ class Linear(Aligner):
     """A linear map of the last axis: [B, D] -> [B, D'], [B, N, D] -> [B, N, D']."""
 
     name = "linear"
+    separable = True
 
     @dataclass(frozen=True)
     class Config:
@@ -84,6 +86,7 @@ class Conv1x1(Aligner):
     """
 
     name = "conv1x1"
+    separable = True
 
     @dataclass(frozen=True)
     class Config:
@@ -111,6 +114,7 @@ class Pool(Aligner):
     """
 
     name = "pool"
+    separable = True
 
     def __init__(self, config: Pool.Config, given: Given) -> None:
         super().__init__(config, given)
@@ -143,6 +147,7 @@ class Resample(Aligner):
     """
 
     name = "resample"
+    separable = True
 
     @dataclass(frozen=True)
     class Config:
@@ -174,6 +179,7 @@ class TokensToGrid(Aligner):
     """Tokens [B, prefix + H * W, D] -> the map [B, D, H, W], without the `prefix` tokens (None: as many as fit)."""
 
     name = "tokens_to_grid"
+    separable = True
 
     @dataclass(frozen=True)
     class Config:
@@ -204,6 +210,7 @@ class GridToTokens(Aligner):
     """A map [B, C, H, W] -> the tokens [B, prefix + H * W, C]; each prefix token that `like` has is the map's mean."""
 
     name = "grid_to_tokens"
+    separable = True
 
     @dataclass(frozen=True)
     class Config:
@@ -241,6 +248,7 @@ class Auto(Aligner):
     """
 
     name = "auto"
+    separable = True
 
     @dataclass(frozen=True)
     class Config:

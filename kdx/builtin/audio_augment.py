@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kdx.builtin.augment import Augmentation
+from kdx.builtin.augment import Augmentation, Mixup
 from kdx.randomness import Randomness
 
 
@@ -94,11 +94,19 @@ class SpecAugment(Augmentation):
         return torch.where(rows | columns, spectra.mean((-2, -1), keepdim=True), spectra)
 
 
+@dataclass(frozen=True)
+class MelMixup(Mixup):
+    """Mixes log-mel spectrograms as `mixup` does images, with the same shares."""
+
+    acts_on: ClassVar[str] = "mel"
+
+
 SOUND_AUGMENTATIONS: dict[str, type[Augmentation]] = {
     "gain": Gain,
     "delay": Delay,
     "noise": Noise,
     "spec_augment": SpecAugment,
+    "mixup_mel": MelMixup,
 }
 
 

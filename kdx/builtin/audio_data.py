@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -76,6 +77,21 @@ class AudioDataset(ImageDataset):
                 found[f"{name}_mask"] = front.frames(mask)
         return found
 
+    def reading(self, streams: Iterable[str]) -> AudioDataset:
+        """The same data without the spectrograms that nothing reads."""
+        names = {stream.removesuffix("_mask") for stream in streams}
+        self.facts()  # which name all streams, and are shared
+        other = copy.copy(self)
+        other._fronts = {name: front for name, front in self._fronts.items() if name in names}
+        other._placed = {}
+        return other
+
+    def varies(self, stream: str) -> bool:
+        name = stream.removesuffix("_mask")
+        if name == "audio" or name in self._fronts:
+            return self._acts_on("audio", name)
+        return super().varies(stream)
+
     def _varied(self, waves: Tensor, mask: Tensor | None, randomness: Randomness) -> tuple[Tensor, Tensor | None]:
         """Waveforms after augmentation, and their mask, which moves with them."""
         for step in self._augment:
@@ -84,6 +100,10 @@ class AudioDataset(ImageDataset):
                 if step.moves and mask is not None:
                     mask = step(mask.float(), randomness) > 0.5
         return waves, mask
+
+    def may_lack(self, name: str) -> bool:
+        """Whether training samples may lack a stream that has a mask."""
+        return True
 
     @cached_property
     def _facts(self) -> DataFacts:
@@ -107,6 +127,9 @@ class AudioDataset(ImageDataset):
         if "audio_mask" in seen:
             frames = {f"{name}_mask": (streams[name].shape[-1],) for name in self._fronts}
             streams |= {name: StreamFacts("mask", shape) for name, shape in frames.items()}
+        for name in [name for name in seen if f"{name}_present" in seen and self.may_lack(name)]:
+            made = (name, *self._fronts) if name == "audio" else (name,)
+            streams |= {one: replace(streams[one], present=f"{name}_present") for one in made}
         return streams
 
     def _sound_facts(self, audio: Tensor) -> dict[str, StreamFacts]:

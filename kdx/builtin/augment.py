@@ -169,6 +169,9 @@ class Mixup(Augmentation):
     the seed, the pass over the data, and which samples share a batch, and that follows from the seed and the size of
     the batch; with several processes the partner is one of the same process. (Zhang et al., ICLR 2018, where `r` is
     from a beta distribution and the labels are mixed too; drawn evenly in Beyer et al., CVPR 2022.)
+
+    In a view `mixed`, losses find `r` in `batch.mix_share@mixed`, and in `batch.mix_partner@mixed` the `batch.index` of
+    the partner.
     """
 
     mixes: ClassVar[bool] = True
@@ -180,8 +183,12 @@ class Mixup(Augmentation):
         _within("high", self.high, self.low, 1)
 
     def __call__(self, images: Tensor, randomness: Randomness) -> Tensor:
-        ratio = self.low + randomness.uniform("mixup", 1, 1, 1) * (self.high - self.low)
+        ratio = self.share(randomness).reshape(-1, 1, 1, 1)
         return torch.lerp(images.roll(1, 0), images, ratio.to(images))
+
+    def share(self, randomness: Randomness) -> Tensor:
+        """How much of each mixture is the image itself, `r`, [B]."""
+        return self.low + randomness.uniform("mixup", 1).squeeze(1) * (self.high - self.low)
 
 
 AUGMENTATIONS: dict[str, type[Augmentation]] = {

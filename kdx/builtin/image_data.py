@@ -6,13 +6,14 @@ import copy
 import hashlib
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from kdx.builtin.augment import AUGMENTATIONS, Augmentation, read_augment
+from kdx.builtin.augment import AUGMENTATIONS, Augmentation, Mixup, read_augment
 from kdx.components import Dataset, Split
 from kdx.data import TensorSplit
 from kdx.errors import ConfigError
@@ -68,8 +69,25 @@ class ImageDataset(Dataset):
         other._augment = read_augment(config.augment, self.augmentations)
         return other
 
+    @property
+    def records(self) -> Mapping[str, StreamFacts]:
+        mixes = any(isinstance(step, Mixup) for step in self._augment)
+        return {"mix_share": StreamFacts("vector", ()), "mix_partner": StreamFacts("vector", ())} if mixes else {}
+
     def on_device(self, batch: Batch, randomness: Randomness | None) -> Batch:
-        return {name: self._ready(batch[name], name, randomness) for name in batch}
+        found = {name: self._ready(batch[name], name, randomness) for name in batch}
+        if randomness is not None:
+            for step in self._augment:
+                if isinstance(step, Mixup):
+                    found |= {"mix_share": step.share(randomness), "mix_partner": batch["index"].roll(1, 0)}
+        return found
+
+    def varies(self, stream: str) -> bool:
+        return self._facts.streams[stream].kind == "image" and self._acts_on("image")
+
+    def _acts_on(self, *kinds: str) -> bool:
+        """Whether a step of the augmentation is for one of these kinds of streams."""
+        return any(step.acts_on in kinds for step in self._augment)
 
     def _ready(self, tensor: Tensor, name: str, randomness: Randomness | None) -> Tensor:
         if name not in self._facts.streams or self._facts.streams[name].kind != "image":
@@ -101,22 +119,31 @@ def to_unit(images: Tensor) -> Tensor:
 def stream_facts(split: Split) -> dict[str, StreamFacts]:
     """Kind, shape and statistics of each stream, from all samples in memory or else from `STATISTICS_FROM` of them.
 
-    An image stream is `[C, H, W]` for one sample, an integer stream `label` is a label, all else is a vector.
+    An image stream is `[C, H, W]` for one sample, an integer stream `label` is a label, bool ones are masks, all else
+    is a vector. A mask `x_present` marks the samples that have the stream `x`.
     """
     if isinstance(split, TensorSplit):
         tensors = split.tensors
     else:
         count = min(len(split), STATISTICS_FROM)
         tensors = split.fetch([i * len(split) // count for i in range(count)])
-    return {name: _facts(name, tensor) for name, tensor in tensors.items()}
+    return with_masks({name: _facts(name, tensor) for name, tensor in tensors.items()})
+
+
+def with_masks(streams: Mapping[str, StreamFacts]) -> dict[str, StreamFacts]:
+    """The facts of streams, each told of its mask where there is one."""
+    return {
+        name: replace(stream, present=mask) if (mask := f"{name}_present") in streams else stream
+        for name, stream in streams.items()
+    }
 
 
 def _facts(name: str, tensor: Tensor) -> StreamFacts:
     shape = tuple(tensor.shape[1:])
     if name == "label":
         return StreamFacts("label", shape)
-    if not shape:
-        return StreamFacts("vector", shape)
+    if not shape or tensor.dtype == torch.bool:
+        return StreamFacts("mask" if tensor.dtype == torch.bool else "vector", shape)
     mean, std = _statistics(tensor)
     return StreamFacts("image" if len(shape) == 3 else "vector", shape, mean, std)
 

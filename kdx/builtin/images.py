@@ -20,6 +20,7 @@ from kdx.builtin.spoken_digits import SpokenDigits
 from kdx.builtin.tensor_data import TensorDataset
 from kdx.builtin.timm_images import TimmReader
 from kdx.builtin.torchvision_images import TorchvisionDataset
+from kdx.builtin.tuxpaint import TuxPaint
 from kdx.components import Dataset
 from kdx.data import TensorSplit
 from kdx.errors import DataError
@@ -76,6 +77,7 @@ DATASETS: list[type[Dataset]] = [
     ImageFolder,
     AudioFolder,
     Paired,
+    TuxPaint,
     TorchvisionDataset,
     TimmReader,
     TensorDataset,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from kdx.components import Given, Loss
 from kdx.errors import ConfigError
+from kdx.fused import cross_entropy_sum
 
 
 def cross_entropy(student: Tensor, label: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -17,8 +17,7 @@ def cross_entropy(student: Tensor, label: Tensor, label_smoothing: float = 0.0) 
     `student` [B, K] are logits, `label` [B] holds classes from 0 and -1 for none. `label_smoothing` spreads that part
     of the target evenly over all K classes.
     """
-    total = F.cross_entropy(student, label, ignore_index=-1, reduction="sum", label_smoothing=label_smoothing)
-    return total / (label != -1).sum().clamp(min=1)
+    return cross_entropy_sum(student, label, label_smoothing) / (label != -1).sum().clamp(min=1)
 
 
 class CrossEntropy(Loss):

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kdx.cache_options import STORED
 from kdx.components import Model, Network
 from kdx.errors import ConfigError, PlanError, did_you_mean
 from kdx.taps import STANDARD
@@ -237,6 +238,15 @@ class Given(Model):
         raise PlanError("`module` stands for a network handed to kdx.run(models={...}), and none was")
 
 
+class Stored(Model):
+    """No net: a teacher whose answers are read from a cache alone (`teachers: {wide: {cache: FOLDER}}`)."""
+
+    name = STORED
+
+    def build(self) -> Network:
+        raise PlanError("it has no net, and its cache is not there; expected cache: FOLDER with the folder of a cache")
+
+
 def _class_of_timm(path: str) -> Callable[..., nn.Module]:
     """The class of a network in a module of `timm.models`."""
     module, _, name = path.partition(".")
@@ -277,4 +287,4 @@ def _near(name: str, names: list[str]) -> str:
     return f"did you mean {', '.join(near)}?" if near else f"it has {len(names)} others"
 
 
-MODELS: list[type[Model]] = [Timm, Torchvision, Onnx, Given]
+MODELS: list[type[Model]] = [Timm, Torchvision, Onnx, Given, Stored]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
+from torch import Tensor
 
-from kdx.builtin.pictures import to_tensor
+from kdx.builtin.pictures import open_picture, to_tensor
 from kdx.builtin.sound_files import Clip, SoundReader
 from kdx.data import SampleSplit
 from kdx.types import Batch
@@ -30,15 +30,22 @@ class RowSplit(SampleSplit):
 
     `picture` is the size and number of channels of images, None where the data has none; `reader` makes waveforms, None
     where the data has no sound. Where it has both, each sample says whether it has an image and a clip: what is absent
-    is 0.
+    is 0. `vectors` are further streams, with a row for each sample.
     """
 
     def __init__(
-        self, rows: Sequence[Row], picture: tuple[int, int] | None, reader: SoundReader | None, *, labelled: bool
+        self,
+        rows: Sequence[Row],
+        picture: tuple[int, int] | None,
+        reader: SoundReader | None,
+        *,
+        labelled: bool,
+        vectors: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.rows = rows
         self._picture = picture
         self._reader = reader
+        self._vectors = dict(vectors or {})
         self.labels = torch.tensor([row.label for row in rows], dtype=torch.int64) if labelled else None
 
     def __len__(self) -> int:
@@ -51,7 +58,7 @@ class RowSplit(SampleSplit):
             size, channels = self._picture
             found["image"] = torch.zeros(channels, size, size, dtype=torch.uint8)
             if row.image is not None:
-                with Image.open(row.image) as picture:
+                with open_picture(row.image, size) as picture:
                     found["image"] = to_tensor(picture, size, channels)
         if self._reader is not None:
             audio = self._reader.silence() if row.sound is None else self._reader.read(row.sound)
@@ -59,6 +66,8 @@ class RowSplit(SampleSplit):
         if self._picture is not None and self._reader is not None:
             found["image_present"] = torch.tensor(row.image is not None)
             found["audio_present"] = torch.tensor(row.sound is not None)
+        for name, vectors in self._vectors.items():
+            found[name] = vectors[i]
         if self.labels is not None:
             found["label"] = self.labels[i]
         return found

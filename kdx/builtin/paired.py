@@ -5,23 +5,25 @@ from __future__ import annotations
 import csv
 import difflib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from torch import Tensor
 
 from kdx.builtin.audio_data import AudioDataset
 from kdx.builtin.image_data import digest
 from kdx.builtin.image_folder import SPLITS
 from kdx.builtin.pair_files import Row, RowSplit, described
-from kdx.builtin.pictures import SEEN_FOR_CHANNELS, read_channels, read_size
+from kdx.builtin.pictures import SEEN_FOR_CHANNELS, check_picture, read_channels, read_size
 from kdx.builtin.sound_files import SoundReader, look, read_length
+from kdx.builtin.text_vectors import read_texts
 from kdx.errors import ConfigError, DataError, did_you_mean
 
-COLUMNS = ("image", "audio", "label", "split")
+COLUMNS = ("image", "audio", "caption", "label", "split")
 MODALITIES = ("image", "audio")
 Entry = dict[str, str]
 
@@ -29,13 +31,15 @@ Entry = dict[str, str]
 class Paired(AudioDataset):
     """Pairs of an image and a clip, one in each row of a CSV file with a header.
 
-    index: the file. Its columns are `image` and `audio` (paths), `label` (the name of a class) and `split` (`train`,
-        `val`, `test`); other columns are left alone. Any of them may be missing, but not both kinds of files: without
-        `label` nothing has a label, without `split` all rows are for training. A cell may be empty: a sample without
-        this modality, which `image_present` and `audio_present` say, or without a label.
+    index: the file. Its columns are `image` and `audio` (paths), `caption` (text), `label` (the name of a class) and
+        `split` (`train`, `val`, `test`); other columns are left alone. Any of them may be missing, but not both kinds
+        of files: without `label` nothing has a label, without `split` all rows are for training. A cell may be empty:
+        a sample without this modality, which `image_present` and `audio_present` say, or without a label.
     images, sounds: the folders that the paths are relative to; left out, that of the index.
     size, channels: of the images, as in `image_folder`.
     rate, resample, length: of the clips, as in `audio_folder`.
+    text: adds the stream `text`, a vector for each caption, as in `tuxpaint`; where vectors are stored in a file, the
+        key of a row is the path of its image (else of its clip) without the ending.
     allow_absent: lets all rows of `val` or `test` lack a modality, for networks that do not read it.
 
     Classes are the labels of training in alphabetical order, or in that of numbers. Wrong rows are named by file and
@@ -57,6 +61,7 @@ class Paired(AudioDataset):
         resample: bool = True
         length: float | None = None
         allow_absent: bool = False
+        text: dict[str, Any] | None = None
         augment: dict[str, Any] = field(default_factory=dict)
         mel: dict[str, Any] | None = None
         mfcc: dict[str, Any] | None = None
@@ -74,6 +79,9 @@ class Paired(AudioDataset):
         self._size = read_size(config.size)
         if "audio" not in self._columns and (wrong := [n for n in ("mel", "mfcc") if getattr(config, n) is not None]):
             raise ConfigError(f"data.{wrong[0]}: {self._index} has no column 'audio' to make it from")
+        self._texts = read_texts(config.text)
+        if self._texts is not None and "caption" not in self._columns and (config.text or {}).get("file") is None:
+            raise ConfigError(f"data.text: {self._index} has no column 'caption' to make vectors from")
         _check_modalities(self._index, self._columns, self._entries, config.allow_absent)
 
     def _check_steps(self) -> None:
@@ -92,10 +100,26 @@ class Paired(AudioDataset):
         numbers = all(name.isdecimal() for name in names)
         return tuple(sorted(names, key=lambda name: (int(name) if numbers else 0, name)))
 
+    def may_lack(self, name: str) -> bool:
+        return any(not entry[name] for _, entry in self._entries["train"])
+
     def fingerprint(self) -> str:
         roots = (self._roots["image"], self._roots["audio"])
         parts = (part for name, split in self.splits.items() for part in (name, *described(split.rows, roots)))
-        return digest([*self.classes(), *parts])
+        texts = () if self._texts is None else (self._texts.digest, *self._captions())
+        return digest([*self.classes(), *parts, *texts])
+
+    def _captions(self) -> Iterator[str]:
+        return (entry.get("caption", "") for entries in self._entries.values() for _, entry in entries)
+
+    def _vectors(self, entries: list[tuple[int, Entry]]) -> dict[str, Tensor]:
+        """The stream `text` of these rows, where there is one."""
+        if self._texts is None:
+            return {}
+        keys = [Path(entry.get("image") or entry.get("audio") or "").with_suffix("").as_posix() for _, entry in entries]
+        texts = zip(keys, entries, strict=True)
+        found = [(key, entry.get("caption", ""), f"{self._index} row {number}") for key, (number, entry) in texts]
+        return {"text": self._texts.vectors(found)}
 
     @cached_property
     def splits(self) -> dict[str, RowSplit]:
@@ -111,7 +135,10 @@ class Paired(AudioDataset):
             clips = (row.sound for row in rows["train"] if row.sound is not None)
             reader = SoundReader(self.rate, read_length(self.config.length, self.rate, clips))
         labelled = "label" in self._columns
-        return {split: RowSplit(found, picture, reader, labelled=labelled) for split, found in rows.items()}
+        return {
+            split: RowSplit(found, picture, reader, labelled=labelled, vectors=self._vectors(self._entries[split]))
+            for split, found in rows.items()
+        }
 
     def _row(self, number: int, entry: Entry) -> Row:
         where = f"{self._index} row {number}"
@@ -119,7 +146,7 @@ class Paired(AudioDataset):
         if entry.get("image"):
             image = self._roots["image"] / entry["image"]
             where += f": {image}"
-            _check_image(image, where)
+            check_picture(image, where)
         if entry.get("audio"):
             file = self._roots["audio"] / entry["audio"]
             sound = look(file, f"{self._index} row {number}: {file}", self.rate, self.config.resample)
@@ -214,14 +241,3 @@ def _check_apart(index: Path, column: str, entries: Mapping[str, list[tuple[int,
                 raise DataError(
                     f"{index} row {number}: {entry[column]} has the label {label!r}, and {known_label!r} in row {first}"
                 )
-
-
-def _check_image(file: Path, where: str) -> None:
-    """The header of an image can be read; its pixels are decoded when they are needed."""
-    if not file.is_file():
-        raise DataError(f"{where}: there is no such file")
-    try:
-        with Image.open(file):
-            pass
-    except Exception as error:  # decoders raise whatever they like
-        raise DataError(f"{where}: cannot be read as an image: {type(error).__name__}: {error}") from error

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import io
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +15,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from kdx.data import SampleSplit
-from kdx.errors import ConfigError
+from kdx.errors import ConfigError, DataError
 from kdx.types import Batch
 
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -39,6 +42,33 @@ class PictureSplit(SampleSplit):
     def sample(self, i: int) -> Batch:
         with self.picture(i) as picture:
             return {"image": to_tensor(picture, self._size, self._channels), "label": self.labels[i]}
+
+
+def open_picture(file: Path, size: int) -> Image.Image:
+    """The picture in a file. A drawing (SVG) is rendered so wide that nothing of `[size, size]` is lost."""
+    if file.suffix.lower() != ".svg":
+        return Image.open(file)
+    try:
+        renderer: Any = importlib.import_module("resvg_py")
+    except ImportError as error:
+        raise ConfigError(f"data.svg: drawings need resvg_py ({error}): pip install 'kdx[svg]'") from error
+    return Image.open(io.BytesIO(bytes(renderer.svg_to_bytes(svg_path=str(file), width=4 * size, dpi=96))))
+
+
+def check_picture(file: Path, where: str) -> None:
+    """Refuse a file whose header is not that of a picture; its pixels are decoded when they are needed.
+
+    `where` names it in errors.
+    """
+    if not file.is_file():
+        raise DataError(f"{where}: there is no such file")
+    try:
+        with open_picture(file, 8):
+            pass
+    except ConfigError:
+        raise
+    except Exception as error:  # decoders raise whatever they like
+        raise DataError(f"{where}: cannot be read as an image: {type(error).__name__}: {error}") from error
 
 
 def to_tensor(picture: Image.Image, size: int, channels: int) -> Tensor:

@@ -17,7 +17,8 @@ from torch import Tensor
 from kdx.builtin.audio_data import AudioDataset
 from kdx.builtin.image_data import digest, tensor_parts
 from kdx.components import Split
-from kdx.errors import DataError
+from kdx.errors import ConfigError, DataError
+from kdx.randomness import seeded
 from kdx.types import Batch
 
 FILE = Path(__file__).parent / "files" / "spoken_digits.npz.xz"
@@ -30,24 +31,34 @@ COMPANDING = 255.0
 
 
 class PairSplit(Split):
-    """Images, each with the clip that it is paired with; several images may share one clip."""
+    """Images, each with the clip that it is paired with; several images may share one clip.
 
-    def __init__(self, image: Tensor, audio: Tensor, pairs: Tensor, labels: Tensor) -> None:
+    `present` [N] says which have a clip; the others have silence. None where all have one.
+    """
+
+    def __init__(
+        self, image: Tensor, audio: Tensor, pairs: Tensor, labels: Tensor, present: Tensor | None = None
+    ) -> None:
         self.image = image
         self.audio = audio
         self.pairs = pairs
         self.labels: Tensor = labels
+        self.present = present
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def fetch(self, indices: Sequence[int]) -> Batch:
         chosen = torch.as_tensor(indices, dtype=torch.int64)
-        return {
+        found = {
             "image": self.image[chosen],
             "audio": self.audio[self.pairs[chosen]],
             "label": self.labels[chosen],
         }
+        if self.present is None:
+            return found
+        present = self.present[chosen]
+        return {**found, "audio": found["audio"] * present[:, None], "audio_present": present}
 
 
 class SpokenDigits(AudioDataset):
@@ -57,15 +68,27 @@ class SpokenDigits(AudioDataset):
     validation and 1,000 for testing, evenly over the classes. Words are spoken by 104 English voices of eSpeak NG, each
     saying every digit once. No image and no voice is in more than one split, and voices that are variants of one
     another are in the same one. What each image is paired with is fixed. The fingerprint is the SHA-256 of all content.
+
+    silent: the share of the training pairs that lose their clip, as if nobody had recorded it: `audio_present` is False
+        for them. `silent_seed` says which.
     """
 
     name = "spoken_digits"
 
     @dataclass(frozen=True)
     class Config:
+        silent: float = 0.0
+        silent_seed: int = 0
         augment: dict[str, Any] = field(default_factory=dict)
         mel: dict[str, Any] | None = None
         mfcc: dict[str, Any] | None = None
+
+    config: Config
+
+    def __init__(self, config: Config) -> None:
+        if not 0 <= config.silent < 1:
+            raise ConfigError(f"data.silent: found {config.silent}, expected a share from 0 and below 1")
+        super().__init__(config)
 
     @property
     def rate(self) -> int:
@@ -75,7 +98,10 @@ class SpokenDigits(AudioDataset):
         return CLASSES
 
     def fingerprint(self) -> str:
-        return digest(part for split in self.splits.values() for part in tensor_parts(vars(split)))
+        splits = [
+            {name: value for name, value in vars(split).items() if value is not None} for split in self.splits.values()
+        ]
+        return digest(part for split in splits for part in tensor_parts(split))
 
     @cached_property
     def splits(self) -> dict[str, PairSplit]:
@@ -85,7 +111,18 @@ class SpokenDigits(AudioDataset):
         except (OSError, lzma.LZMAError, ValueError) as error:
             raise DataError(f"data: the file of spoken digits of kdx cannot be read: {FILE}: {error}") from error
         clips = unpack(found["sound"], found["lengths"])
-        return {name: _split(found, clips, number) for number, name in enumerate(SPLITS)}
+        splits = {name: _split(found, clips, number) for number, name in enumerate(SPLITS)}
+        if self.config.silent:
+            for name, split in splits.items():
+                share = self.config.silent if name == "train" else 0.0
+                split.present = _present(len(split), share, self.config.silent_seed)
+        return splits
+
+
+def _present(count: int, silent: float, seed: int) -> Tensor:
+    """Which of `count` pairs keep their clip, bool [count]."""
+    order = torch.randperm(count, generator=seeded(seed, "silent"))
+    return order >= round(silent * count)
 
 
 def _split(found: dict[str, Tensor], clips: Tensor, number: int) -> PairSplit:

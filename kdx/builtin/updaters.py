@@ -12,7 +12,7 @@ class Plain(Updater):
     name = "plain"
 
     def backward(self, losses: Losses, share: float, engine: Engine) -> None:
-        engine.backward(losses.total * share)
+        engine.backward(losses.total if share == 1 else losses.total * share)
 
     def step(self, engine: Engine) -> None:
         engine.update()

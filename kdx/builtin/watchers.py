@@ -6,11 +6,16 @@ the end, so watching makes the host wait rarely.
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import math
 import os
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import torch
 from rich import progress as bars
@@ -18,6 +23,7 @@ from rich.console import Console
 from torch import Tensor
 
 from kdx.components import hookimpl
+from kdx.errors import CheckpointError
 from kdx.formats import number, percent
 from kdx.history import FILE, EvalLine, StepLine, cut, to_line
 from kdx.types import Clock, EvalReport, RunInfo, StepReport
@@ -35,13 +41,25 @@ class JsonLines:
     def __init__(self, folder: Path) -> None:
         self.path = folder / FILE
         self._buffer = _Buffer()
-        self._file: TextIO | None = None
+        self._file: BinaryIO | None = None
+        self._sum = hashlib.sha256()
+        self._expected: str | None = None
+
+    def take_up(self, checksum: str) -> None:
+        """Before the start of a run that goes on: what `flush` gave when its state was saved."""
+        self._expected = checksum
 
     @hookimpl
     def kdx_run_start(self, run: RunInfo) -> None:
         if run.resumed_at and self.path.exists():
             cut(self.path, run.resumed_at)
-        self._file = self.path.open("a" if run.resumed_at else "w", encoding="utf-8", newline="\n")
+            self._sum.update(self.path.read_bytes())
+            if self._expected not in (None, self._sum.hexdigest()):
+                raise CheckpointError(
+                    f"{self.path} is altered: the lines up to update {run.resumed_at} are not those that were saved "
+                    f"with it; delete this file to go on without its history, or start the run afresh"
+                )
+        self._file = self.path.open("ab" if run.resumed_at else "wb")
 
     @hookimpl
     def kdx_step_end(self, report: StepReport) -> None:
@@ -63,17 +81,36 @@ class JsonLines:
             self._file.close()
             self._file = None
 
-    def flush(self) -> None:
-        """Bring every line so far onto the disk. A checkpoint saved after this can be resumed without a gap."""
+    def flush(self) -> str:
+        """Bring every line so far onto the disk, and give their checksum. A checkpoint saved after this can be resumed
+        without a gap.
+        """
         if self._file is not None:
             self._write(*self._buffer.drain())
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            with self._given_up():
+                self._file.flush()
+                os.fsync(self._file.fileno())
+        return self._sum.hexdigest()
 
     def _write(self, *lines: StepLine | EvalLine) -> None:
         if self._file is None:
             raise RuntimeError(f"{self.path}: written to before kdx_run_start or after kdx_run_end")
-        self._file.writelines(to_line(line) for line in lines)
+        text = "".join(map(to_line, lines)).encode()
+        with self._given_up():
+            self._file.write(text)
+        self._sum.update(text)
+
+    @contextmanager
+    def _given_up(self) -> Iterator[None]:
+        """Close the file where it cannot be written: to write what is left in its buffer would fail again."""
+        try:
+            yield
+        except OSError:
+            if self._file is not None:
+                with suppress(OSError):
+                    self._file.close()
+                self._file = None
+            raise
 
 
 class TensorBoard:
@@ -88,6 +125,7 @@ class TensorBoard:
     def kdx_run_start(self, run: RunInfo) -> None:
         from torch.utils.tensorboard import SummaryWriter  # takes a second, which only a run should pay
 
+        _spare_traceback_of_writer()
         self._writer = SummaryWriter(str(self.folder), purge_step=run.resumed_at + 1 if run.resumed_at else 0)
 
     @hookimpl
@@ -124,6 +162,18 @@ class TensorBoard:
         if self._writer is None:
             raise RuntimeError(f"{self.folder}: written to before kdx_run_start or after kdx_run_end")
         self._writer.add_scalar(tag, value, step)
+
+
+@functools.cache
+def _spare_traceback_of_writer() -> None:
+    """Print no traceback of the thread that writes events: its error comes up in the run, at the next number."""
+    before = threading.excepthook
+
+    def hook(error: threading.ExceptHookArgs) -> None:
+        if not (isinstance(error.exc_value, OSError) and type(error.thread).__module__.startswith("tensorboard.")):
+            before(error)
+
+    threading.excepthook = hook
 
 
 class Progress:

@@ -1,0 +1,219 @@
+"""Which caches a run asks for, what their rows are of, and whether a cache that is there is the right one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdx.cache import Meta
+from kdx.cache_options import CacheOptions, read_cache
+from kdx.components import Dataset
+from kdx.data import Splits
+from kdx.devices import pick_device, pick_precision
+from kdx.errors import ConfigError, DataError, did_you_mean
+from kdx.identity import model_content
+from kdx.options import plain_options
+from kdx.plan import streams_of
+from kdx.randomness import Randomness
+from kdx.reach import Reach, base_of
+from kdx.spec import ModelSpec, RunSpec
+from kdx.types import Batch
+
+TRIED = 64
+"""How many samples tell whether a stream is the same each time."""
+_DIFFERS = {
+    "model": "the model or its options are others",
+    "taps": "its taps are others",
+    "weights": "the weights are others",
+    "plugin": "the plugin of the model is another version",
+    "precision": "the teacher computed in another precision",
+    "data": "the data are others",
+    "samples": "the training samples are others",
+    "augmentation": "the augmentation, its seed or the number of views is another",
+}
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The cache that a teacher on a view (`item`: `wide`, `wide@strong`) asks for; `parts` decide what its rows are.
+
+    `at_hand` says whether there is a net that could fill it.
+    """
+
+    item: str
+    where: str
+    options: CacheOptions
+    parts: Mapping[str, Any]
+    fields: tuple[str, ...]
+    samples: int
+    views: int
+    folders: Path
+    at_hand: bool
+
+    @property
+    def folder(self) -> Path:
+        """The folder that it has, or will have."""
+        return self.options.folder or self.folders / f"{self.item}-{_digest([self.parts, sorted(self.fields)])}"
+
+    def check(self, meta: Meta, folder: Path) -> None:
+        """Raise `DataError` where a cache is of something else; the message says of what."""
+        for name, expected in self.parts.items():
+            found = meta.parts.get(name)
+            if name == "taps" and isinstance(found, dict):  # it may hold more fields than are wanted
+                found = {tap: found.get(tap) for tap in expected}
+            if name == "form" and self.options.folder is not None:
+                continue
+            if found == expected or (name == "augmentation" and found is None and self.options.one_view):
+                continue
+            advice = "`cache: true` fills a right one" if self.at_hand else "fill it anew for this data"
+            raise DataError(
+                f"{self.where}: {folder} is not of this teacher on this data: {_DIFFERS.get(name, name)} "
+                f"(found {_short(found)}, expected {_short(expected)}); {advice}"
+            )
+        if meta.samples != self.samples:
+            raise DataError(f"{self.where}: {folder} has {meta.samples} samples, expected {self.samples}")
+        for name in self.fields:
+            if name not in meta.fields:
+                near = did_you_mean(name, meta.fields, what="it holds")
+                raise DataError(f"{self.where}: {folder} holds no {name!r} of the teacher; {near}")
+
+
+def caches(
+    spec: RunSpec, dataset: Dataset, splits: Splits, reached: Reach, needs: Mapping[str, str]
+) -> dict[str, Wanted]:
+    """The caches that a run reads, by teacher and view (`wide@strong`). `needs` are the hashes of teachers' runs.
+
+    Raises `ConfigError` where what a teacher reads is not the same each time, so that no answer could be stored.
+    """
+    found: dict[str, Wanted] = {}
+    for item, fields in reached.fields.items():
+        model = spec.models[base_of(item)]
+        options = read_cache(model.engine.cache, f"{model.where}.cache")
+        if options is not None and fields:
+            found[item] = _wanted(item, model, options, fields, spec, dataset, splits, reached, needs)
+    return found
+
+
+def _wanted(
+    item: str,
+    model: ModelSpec,
+    options: CacheOptions,
+    fields: tuple[str, ...],
+    spec: RunSpec,
+    dataset: Dataset,
+    splits: Splits,
+    reached: Reach,
+    needs: Mapping[str, str],
+) -> Wanted:
+    where, at_hand = f"{model.where}.cache", model.at_hand
+    view = item.removeprefix(model.name)
+    streams = [f"{stream}{view}" for stream in streams_of(model, splits.facts)]
+    varies = _check_repeatable(where, options, streams, spec, dataset, splits)
+    source = {key: value for key, value in plain_options(dataset.config).items()
+              if key not in (*dataset.places, *spec.data.entry.component.view_options)}  # fmt: skip
+    parts: dict[str, Any] = {
+        "data": [spec.data.entry.component.name, dataset.fingerprint(), json.dumps(source, default=str)],
+        "samples": _digest(splits.train.positions.tolist()),
+        "augmentation": [_augmentation(spec, view), streams, spec.view_count, spec.root.seed] if varies else None,
+    }
+    if at_hand:
+        content = model_content(model, fields, needs.get(model.name))
+        weights = content.pop("weights")
+        parts |= {
+            "taps": content.pop("taps"),
+            "model": [content, list(splits.facts.classes)],
+            "weights": weights if any(weights) else [*weights, spec.root.seed],  # first weights follow from the seed
+            "plugin": model.entry.plugin.digest,
+            "precision": _precision(spec, model),
+            "form": [options.dtype, options.top],
+        }
+    if options.top is not None and "logits" not in fields:
+        raise ConfigError(f"{where}.top: it is for logits, and nothing reads those of {item}")
+    parts = json.loads(json.dumps(parts, default=str))
+    folders = Path(options.where) if options.where is not None else Path(spec.root.out) / "cache"
+    views = (spec.view_count or 1) if varies else 1
+    return Wanted(item, where, options, parts, fields, len(splits.train), views, folders, at_hand)
+
+
+def _check_repeatable(
+    where: str, options: CacheOptions, streams: list[str], spec: RunSpec, dataset: Dataset, splits: Splits
+) -> bool:
+    """Whether the streams vary at random. Raises `ConfigError` where they are not the same for a view and a sample."""
+    first, again, parts = _tried(dataset, splits, spec.root.seed)
+    named = ", ".join(streams)
+    if not all(_alike(first[stream], parts[stream]) for stream in streams):
+        raise ConfigError(
+            f"{where}: what the teacher sees in {named} is mixed from several samples of a batch, so no stored answer "
+            "fits it; leave the cache out, or let the teacher read a view without mixing"
+        )
+    varies = any(dataset.varies(stream) or not _alike(first[stream], again[stream]) for stream in streams)
+    if varies and spec.view_count is None and not (options.folder is not None and options.one_view):
+        raise ConfigError(
+            f"{where}: {named} is augmented anew in each epoch, which no cache can hold; say how many versions of each "
+            "sample there are, as in data.views: 8, or leave its augmentation out"
+        )
+    if varies and spec.view_count == 1 and not options.one_view:
+        raise ConfigError(
+            f"{where}: with data.views: 1, {named} is one augmented version of each sample, and a student that sees no "
+            f"other overfits to it (Beyer et al., 2022); say more views, or {where}.one_view: true"
+        )
+    return varies
+
+
+def _tried(dataset: Dataset, splits: Splits, seed: int) -> tuple[Batch, Batch, Batch]:
+    """Some samples in one view, in another, and in the first one again but in other batches."""
+    count = min(TRIED, len(splits.train))
+
+    def seen(places: list[int], view: int) -> Batch:
+        batch = splits.train.fetch(places)
+        return dataset.on_device(batch, Randomness(seed, view, batch["index"]))
+
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
+    halves = [seen(half, 0) for half in (order[: count // 2], order[count // 2 :]) if half]
+    back = torch.tensor(order).argsort()
+    parts = {name: torch.cat([half[name] for half in halves])[back] for name in halves[0]}
+    return seen([*range(count)], 0), seen([*range(count)], 1), parts
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.allclose(one.double(), other.double(), rtol=1e-4, atol=1e-4)
+
+
+def _augmentation(spec: RunSpec, view: str) -> str:
+    """The options by which a view varies, in their order, in which augmentations act."""
+    part = spec.views[view.removeprefix("@")] if view else spec.data
+    able = part.entry.component.view_options
+    return json.dumps({key: value for key, value in plain_options(part.options).items() if key in able}, default=str)
+
+
+def _precision(spec: RunSpec, model: ModelSpec) -> str:
+    name = model.engine.precision or spec.runtime.precision
+    if name != "auto":
+        return name
+    device = model.engine.device or spec.runtime.device
+    return pick_precision(name, pick_device(device if torch.accelerator.is_available() else "cpu"))
+
+
+def lookup(positions: Tensor, size: int) -> Tensor | None:
+    """Index of a sample -> its row, int64 [size]; None where they are the same."""
+    if len(positions) == size and torch.equal(positions, torch.arange(size)):
+        return None
+    rows = torch.zeros(size, dtype=torch.int64)
+    rows[positions] = torch.arange(len(positions))
+    return rows
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 100 else f"{text[:60]} ... {text[-30:]}"
