@@ -5,22 +5,24 @@
 `plain` is a loop as tutorials have it: a loader with shuffling, whole teachers, the optimizer as torch gives it, losses
 from `torch.nn.functional`, and one number read at every step. `tuned` is the best that was found by hand: batches
 gathered by index, teachers that stop after what is read, the fused optimizer, the divergence as one cross-entropy with
-soft targets, and no number read. `alone` is `plain` without a teacher. All train the same nets on the same numbers of
-samples and take turns within one process, with a fixed number of threads; shown are medians of whole updates with
-their quartiles, and the medians of the ratios of each turn. `--cpu` takes the processor's time in place of the wall
-clock's, for a machine that others use as well.
+soft targets, and no number read. `kdx` computes as a config does that says nothing of it, in eager calls as these two
+do; `auto` has measured its layout and what computes the teachers, as `runtime: auto` does. `alone` is `plain` without a
+teacher. All train the same nets on the same numbers of samples and take turns within one process, with a fixed number
+of threads; shown are medians of whole updates with their quartiles, and the medians of the ratios of each turn. `--cpu`
+takes the processor's time in place of the wall clock's, for a machine that others use as well.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,10 +37,15 @@ from kdx.loop import Session, Watchers, make_session, training
 from kdx.plugins import compile_hook
 from kdx.runs import Options, build_plan, prepare
 from kdx.runtime import Runtime
+from kdx.runtime_choice import choose
+from kdx.sections import RuntimeOptions
+from kdx.ways import decide
 
 TEMPERATURE, LR = 4.0, 0.01
 TERMS = ("logits", "hint", "attention", "three", "four")
 WARM_UP = 5
+TRIED = {"folded": 0.0, "onnxruntime": 0.0, "openvino": 0.0, "compile": math.inf}
+"""Backends that a long training would try; compilation is left out, as it takes minutes."""
 Update = Callable[[], object]
 
 
@@ -67,8 +74,10 @@ def make_task(net: Net, terms: str, batches: int = 64) -> Task:
     return Task(net, terms, images, torch.arange(len(images)) % net.classes)
 
 
-def kdx_session(task: Task, plugins: tuple[str, ...] = (), more: Mapping[str, Any] | None = None) -> Session:
-    """The task as a config, with `more` losses, ready to train."""
+def kdx_session(
+    task: Task, plugins: tuple[str, ...] = (), more: Mapping[str, Any] | None = None, *, measured: bool = False
+) -> Session:
+    """The task as a config, with `more` losses, ready to train; with `measured` as `runtime: auto` has it."""
     names = [f"teacher_{i}" for i in range(1, task.teachers + 1)] if task.teachers > 1 else ["teacher"]
     taps = {"taps": {"mid": task.net.tap}} if task.inner else {}
     several = task.teachers > 1
@@ -89,6 +98,8 @@ def kdx_session(task: Task, plugins: tuple[str, ...] = (), more: Mapping[str, An
         "train": {"updates": 10**6, "batch": task.net.batch, "lr": LR, "optimizer": {"use": "sgd", "momentum": 0.9}},
         "runtime": {"device": "cpu", "threads": torch.get_num_threads(), "teacher_batching": "never"},
     }
+    if measured:
+        config["runtime"] |= {"channels_last": "auto", "backend": "auto", "teacher_batching": "auto"}
     losses.update(more or {})
     if several:
         config["targets"] = {"all": {"use": "mean", "temperature": TEMPERATURE}}
@@ -100,14 +111,24 @@ def kdx_session(task: Task, plugins: tuple[str, ...] = (), more: Mapping[str, An
     nets = {"student": task.net.student(), **{name: task.net.teacher() for name in names}}
     options = Options(quiet=True, data=Data.from_tensors({"image": task.images, "label": task.labels}), networks=nets)
     prepared = prepare(load_mapping(config), options)
-    runtime = Runtime(prepared.spec.runtime)
-    plan = build_plan(prepared, options, trained=True, device=runtime.device)
-    return make_session(prepared.spec, plan, prepared.dataset, prepared.splits, runtime)
+
+    def make(settings: RuntimeOptions) -> Session:
+        spec, runtime = replace(prepared.spec, runtime=settings), Runtime(settings)
+        plan = build_plan(replace(prepared, spec=spec), options, trained=True, device=runtime.device)
+        return make_session(spec, plan, prepared.dataset, prepared.splits, runtime)
+
+    if not measured:
+        return make(prepared.spec.runtime)
+    session = make(choose(prepared.spec, make).runtime)
+    print("\n".join(f"  {line}" for line in decide(session, None, worth=TRIED)))
+    return session
 
 
-def kdx_update(task: Task, plugins: tuple[str, ...] = (), more: Mapping[str, Any] | None = None) -> Update:
+def kdx_update(
+    task: Task, plugins: tuple[str, ...] = (), more: Mapping[str, Any] | None = None, *, measured: bool = False
+) -> Update:
     """One update of the engine, with the hook that watchers of a step are called by."""
-    session = kdx_session(task, plugins, more)
+    session = kdx_session(task, plugins, more, measured=measured)
 
     def ignore(_: Any) -> None:
         pass
@@ -204,10 +225,13 @@ def tuned_update(task: Task) -> Update:
 
 LOOPS: dict[str, Callable[[Task], Update]] = {
     "kdx": kdx_update,
+    "auto": lambda task: kdx_update(task, measured=True),
     "plain": plain_update,
     "tuned": tuned_update,
     "alone": lambda task: plain_update(task, alone=True),
 }
+PAIRS = (("kdx", "plain"), ("kdx", "tuned"), ("auto", "plain"), ("auto", "tuned"))
+"""The ratios that are shown."""
 
 
 def in_turns(
@@ -254,9 +278,7 @@ def main() -> None:
     clock = time.process_time if options.cpu else time.perf_counter
     torch.set_num_threads(options.threads)
     print(f"ms of one update, {'processor time' if options.cpu else 'wall clock'}, median (quartiles); {machine()}")
-    print(
-        f"{'net':<8} {'terms':<10} {'kdx':>22} {'plain':>22} {'tuned':>22} {'alone':>8}   {'/plain':>6} {'/tuned':>6}"
-    )
+    print(f"{'net':<8} {'terms':<10}", *(f"{loop:>22}" for loop in LOOPS), *(f"{'/'.join(pair):>11}" for pair in PAIRS))
     for name, terms in itertools.product(options.net, options.terms):
         net = NETS[name]
         if terms == "attention" and not net.has_maps:
@@ -264,10 +286,8 @@ def main() -> None:
         task = make_task(net, terms)
         updates = {loop: make(task) for loop, make in LOOPS.items()}
         found = in_turns(updates, options.rounds * net.weight, clock)
-        columns = " ".join(f"{spread(found[loop]):>22}" for loop in ("kdx", "plain", "tuned"))
-        alone = f"{1e3 * statistics.median(found['alone']):.2f}"
-        over_plain, over_tuned = ratio(found["kdx"], found["plain"]), ratio(found["kdx"], found["tuned"])
-        print(f"{name:<8} {terms:<10} {columns} {alone:>8}   {over_plain:>6} {over_tuned:>6}", flush=True)
+        ratios = (f"{ratio(found[ours], found[theirs]):>11}" for ours, theirs in PAIRS)
+        print(f"{name:<8} {terms:<10}", *(f"{spread(found[loop]):>22}" for loop in LOOPS), *ratios, flush=True)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import gc
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -332,4 +333,5 @@ def _number(name: str) -> int:
 
 def _leave() -> None:
     if dist.is_initialized():
+        gc.collect()  # modules that hold the group; what is left to the end of the interpreter may abort it
         dist.destroy_process_group()

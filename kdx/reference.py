@@ -233,7 +233,7 @@ def _learnt(component: type[Node]) -> list[str]:
 def _layouts(keys: list[str]) -> Iterator[dict[str, Shape | None]]:
     """What follows the channels of inputs of any layout: the same for all, then every mixture; None for logits."""
     kinds: tuple[Shape | None, ...] = ((8, 8), (), (9,), None)
-    yield from (dict.fromkeys(keys, kind) for kind in kinds)
+    yield from ({key: kind for key in keys} for kind in kinds)  # noqa: C420  (of the type that is said)
     yield from (dict(zip(keys, mixture, strict=True)) for mixture in itertools.product(kinds, repeat=len(keys)))
 
 

@@ -14,11 +14,13 @@ import torch
 from small_run import CASCADE, DISTIL, PLAIN, config_of, prepared, quiet, run_in, weights_of, write_config
 
 from kdx.api import RunResult
+from kdx.builtin.models import Stored
 from kdx.cache_key import Wanted
 from kdx.cli import main
-from kdx.errors import DataError, KdxError
+from kdx.errors import DataError, KdxError, PlanError
 from kdx.result import read_result
 from kdx.runs import Prepared, carry_out
+from kdx.types import DataFacts
 
 FIXED = {"data": {"flip": False}}
 LOGITS = {"losses": {"kd": {"use": "kd", "inputs": {"teacher": "wide.logits"}}}, "name": "alone"}
@@ -51,6 +53,11 @@ def test_a_student_learns_from_stored_answers_with_no_teacher_at_hand(tmp_path: 
     assert result.teachers["wide"].test == {}
     assert result.agreement == {}
     assert (found.folder / "report.html").is_file()
+
+
+def test_a_teacher_that_is_a_cache_has_no_net_to_build() -> None:
+    with pytest.raises(PlanError, match="it has no net, and its cache is not there; expected cache: FOLDER"):
+        Stored(Stored.Config(), DataFacts(streams={}), ()).build()
 
 
 def test_the_content_of_such_a_cache_counts_in_the_hash(tmp_path: Path) -> None:

@@ -132,7 +132,7 @@ def test_needs_are_trained_before_the_units_that_wait_for_them_and_all_say_how_t
         Processes(1, lines.append)(units, found, stop)
 
     outcomes, _ = carried_out(trials("runs", {"full": {}}), execute=execute)
-    assert [sorted(layer) for layer in layers] == [["study_plain", "wide"], ["study"]]
+    assert [sorted(layer) for layer in layers] == [["plain", "wide"], ["study"]]
     assert "[1] wide, seed 0: begins" in lines
     assert any(line.startswith("[1] study / full: epoch 2/2, val accuracy") for line in lines)
     assert outcomes[0].result is not None

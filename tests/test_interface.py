@@ -45,6 +45,7 @@ CHECKS = {
 WITHOUT_CHECK = {
     "module": "any net at all",
     "onnx": "frozen, and the checks train",
+    "stored": "no net at all",
     "vectors": "no weights, and the checks train",
 }
 """Models that no check can try."""

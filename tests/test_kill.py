@@ -52,12 +52,12 @@ CACHED = config_of(
     {
         "name": "cached",
         "baseline": False,
-        "data": {"flip": False},
+        "data": {"views": 2},
         "teachers": {"wide": {"cache": True, "run": config_of(TEACHER, COMMON, {"train": {"updates": 4}})}},
         "train": {"updater": {"use": "gradnorm"}},
     },
 )
-"""A teacher that is read from a cache, an updater with weights of its own, no workers."""
+"""A teacher whose answers for two views of each sample are cached, an updater with weights of its own, no workers."""
 
 
 def started(folder: Path, config: dict[str, Any]) -> Command:

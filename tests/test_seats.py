@@ -127,7 +127,9 @@ def test_a_borrowed_part_must_be_where_the_student_computes() -> None:
     reuse = {"use": "simkd", "inputs": {"student": "student.mid", "teacher": "wide.mid"}}
     layer = {"losses": {"hint": None, "kd": None, "ce": None, "reuse": reuse}, "align": None}
     session_of(DISTIL, layer)
-    with pytest.raises(PlanError, match=r"teachers.wide has a place of its own; leave out its `device` and `offload`"):
+    with pytest.raises(
+        PlanError, match=r"teachers.wide has a place of its own; leave out its `device`, `offload` and `shard`"
+    ):
         session_of(DISTIL, layer, seated(offload="cpu"))
 
 

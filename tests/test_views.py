@@ -178,7 +178,7 @@ def test_a_student_that_is_read_on_a_view_alone_is_trained_and_deployed() -> Non
 def test_a_run_with_views_ends_with_a_student_that_loads_and_a_plain_one_beside_it(tmp_path: Path) -> None:
     still = {"use": "cross_entropy", "inputs": {"student": "student@still.logits"}}
     found = run_in(tmp_path, VIEWED, {"baseline": True, "losses": {"own": still}})
-    assert folders(tmp_path) == ["viewed", "viewed_plain"]
+    assert folders(tmp_path) == ["plain", "viewed"]
     assert list(found.result.teachers) == ["wide"]
     test = made_images(24, 2)
     with torch.no_grad():
@@ -186,7 +186,7 @@ def test_a_run_with_views_ends_with_a_student_that_loads_and_a_plain_one_beside_
     assert found.metrics["cross_entropy"] == pytest.approx(F.cross_entropy(logits, test["label"]).item(), rel=1e-5)
     assert set(weights_of(found.folder)) == set(found.student().net.state_dict())
     (plain,) = [one for one, _ in family(prepared(VIEWED, {"baseline": True, "losses": {"own": still}}), quiet())
-                if one.spec.root.name == "viewed_plain"]  # fmt: skip
+                if one.spec.root.name == "plain"]  # fmt: skip
     assert set(plain.spec.losses) == {"ce", "own"}  # what needs the teacher on a view went with it
     assert plain.reached.views == ("still",)
 
@@ -287,7 +287,7 @@ def test_a_data_set_of_ones_own_without_such_an_option_is_refused() -> None:
          "data.views.still.size: it acts when a sample is read, so all its views share it; views may differ in: flip"),
         ({"data": {"views": {"still": {"use": "fashion_mnist"}}}}, "data.views.still.use: a view is of the same data"),
         ({"data": {"views": {"a-b": {}}}}, "data.views.a-b: 'a-b' cannot be part of a ref"),
-        ({"data": {"views": ["still"]}}, "data.views: found ['still'], expected a mapping"),
+        ({"data": {"views": ["still"]}}, "data.views: found ['still'], expected a whole number from 1, or names"),
         ({"data": {"use": "fashion_mnist", "views": {"still": {"flip": None, "augment": {"flp": {}}}}}},
          "data.views.still: data.augment.flp: unknown augmentation; did you mean 'flip'?"),
     ],
