@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from kdx.authoring import pool_to_smaller as pool_to_smaller
     from kdx.authoring import precise as precise
     from kdx.authoring import soft_divergences as soft_divergences
+    from kdx.authoring import through_stages as through_stages
     from kdx.components import OPTIONAL as OPTIONAL
     from kdx.components import REQUIRED as REQUIRED
     from kdx.components import Aligner as Aligner
@@ -70,7 +71,7 @@ _NAMES = {
     "kdx.api": ("RunResult", "make", "run"),
     "kdx.authoring": (
         "among_present", "check_choice", "check_classes", "check_same_classes", "check_teachers", "confidence_weights",
-        "hint_distances", "over_labelled", "pool_to_smaller", "precise", "soft_divergences",
+        "hint_distances", "over_labelled", "pool_to_smaller", "precise", "soft_divergences", "through_stages",
     ),
     "kdx.components": (
         "OPTIONAL", "REQUIRED", "Aligner", "Dataset", "Given", "Knob", "Loss", "Many", "Metric", "Model",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -67,6 +67,26 @@ def among_present(log_weights: Tensor, present: Tensor | None) -> Tensor:
         return log_weights
     counted = present | ~present.any(1, keepdim=True)
     return torch.log_softmax(torch.where(counted, log_weights, -math.inf), dim=1)
+
+
+def through_stages(
+    x: Tensor, stages: Iterable[Callable[[Tensor], Tensor]], indices: Sequence[int] | None = None, *, stop_early: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """What comes out of the last stage that is run, and of those at `indices` (all by default), in their order.
+
+    For the method `forward_intermediates` of a net, by which taps read its stages without hooks. With `stop_early`
+    nothing after the last stage that is asked for is run.
+    """
+    passed = [*stages]
+    wanted = set(range(len(passed)) if indices is None else indices)
+    maps: list[Tensor] = []
+    for number, stage in enumerate(passed):
+        if stop_early and number > max(wanted):
+            break
+        x = stage(x)
+        if number in wanted:
+            maps.append(x)
+    return x, maps
 
 
 def over_labelled(values: Tensor, label: Tensor) -> Tensor:

@@ -126,15 +126,9 @@ class WaveNet(PooledNet):
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt: found {output_fmt!r}, expected NCHW")
-        wanted = set(range(len(self.stages)) if indices is None else indices)
-        maps: list[Tensor] = []
-        x = sound[:, None, None]
-        for number, stage in enumerate(self.stages):
-            if stop_early and intermediates_only and number > max(wanted):
-                break
-            x = stage(x)
-            if number in wanted:
-                maps.append(x)
+        x, maps = kdx.through_stages(
+            sound[:, None, None], self.stages, indices, stop_early=stop_early and intermediates_only
+        )
         return maps if intermediates_only else (over_sound(x, mask), maps)
 
 

@@ -85,15 +85,9 @@ class StagedNet(nn.Module):
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt: found {output_fmt!r}, expected NCHW")
-        wanted = set(range(len(self.stages)) if indices is None else indices)
-        maps: list[Tensor] = []
-        x = self.stem(images)
-        for number, stage in enumerate(self.stages):
-            if stop_early and intermediates_only and number > max(wanted):
-                break
-            x = stage(x)
-            if number in wanted:
-                maps.append(x)
+        x, maps = kdx.through_stages(
+            self.stem(images), self.stages, indices, stop_early=stop_early and intermediates_only
+        )
         return maps if intermediates_only else (self.end(x), maps)
 
     def get_classifier(self) -> nn.Module:

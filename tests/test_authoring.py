@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import Tensor
 
 import kdx
 
@@ -39,3 +42,22 @@ def test_a_word_that_is_no_choice_is_refused_with_the_choices() -> None:
     kdx.check_choice("form", "code", ("code", "paper"))
     with pytest.raises(kdx.ConfigError, match=r"^form: found 'cod', expected one of code, paper$"):
         kdx.check_choice("form", "cod", ("code", "paper"))
+
+
+def test_stages_give_their_outputs_and_nothing_runs_after_the_last_that_is_asked_for() -> None:
+    ran: list[int] = []
+
+    def stage(number: int) -> Callable[[Tensor], Tensor]:
+        def run(x: Tensor) -> Tensor:
+            ran.append(number)
+            return 10 * x + number
+
+        return run
+
+    stages = [stage(1), stage(2), stage(3)]
+    last, maps = kdx.through_stages(torch.zeros(()), stages, stop_early=True)
+    assert (last.item(), [x.item() for x in maps]) == (123, [1, 12, 123])
+    ran.clear()
+    last, maps = kdx.through_stages(torch.zeros(()), stages, [1, 0], stop_early=True)
+    assert (last.item(), [x.item() for x in maps], ran) == (12, [1, 12], [1, 2])
+    assert kdx.through_stages(torch.zeros(()), stages, [0], stop_early=False)[0].item() == 123
