@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from kdx.calls import Call, Key, ModelCall, NodeCall, Values
 from kdx.components import Loss
 from kdx.errors import KdxError, PlanError
+from kdx.randomness import random_state, same_random_state
 from kdx.types import Shape
 
 
@@ -22,7 +23,7 @@ def probe(call: Call, values: Values, shapes: dict[Key, Shape]) -> None:
         _check_knobs(call, shapes)
         modules += [part.module for part in call.borrowed]
         generator = call.module.given.generator
-    versions = _versions(call, values)
+    versions, random = _versions(call, values), random_state()
     with without_trace(*modules, generator=generator), torch.no_grad():
         try:
             if isinstance(call, ModelCall):
@@ -35,6 +36,12 @@ def probe(call: Call, values: Values, shapes: dict[Key, Shape]) -> None:
             listing = ", ".join(f"{key} {list(shapes[key])}" for key in given if key in shapes)
             label = call.label if isinstance(call, NodeCall) else call.where
             raise PlanError(f"{label} does not run on {listing}: {type(error).__name__}: {error}") from error
+        draws = not same_random_state(random, random_state())
+    if isinstance(call, NodeCall) and draws:
+        raise PlanError(
+            f"{call.label}: it draws from the global random numbers, as others do; expected those of given.generator, "
+            "which has a seed of its own and goes on where it was after a resume"
+        )
     for key, version in _versions(call, values).items():
         if version != versions[key]:
             label = call.label if isinstance(call, NodeCall) else call.where

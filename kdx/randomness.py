@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import math
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -73,3 +76,13 @@ def own_randomness(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(derive_seed(seed, "training"))
         yield
+
+
+def random_state() -> tuple[Any, ...]:
+    """The state of all global random generators, comparable with `same_random_state`."""
+    return torch.get_rng_state(), random.getstate(), np.random.get_state(legacy=True)
+
+
+def same_random_state(before: tuple[Any, ...], after: tuple[Any, ...]) -> bool:
+    numbers = [np.array_equal(a, b) for a, b in zip(before[2], after[2], strict=True)]
+    return torch.equal(before[0], after[0]) and before[1] == after[1] and all(numbers)

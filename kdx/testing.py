@@ -23,6 +23,7 @@ from kdx.bench import LOSSES, Bench
 from kdx.components import OPTIONAL, Aligner, Loss, Model, Network, Node, Schedule, Target
 from kdx.halves import check_halves
 from kdx.held_graph import check_released
+from kdx.randomness import random_state, same_random_state
 from kdx.tiny import tiny_run
 from kdx.trial import (
     FACTS,
@@ -34,10 +35,8 @@ from kdx.trial import (
     describe,
     hidden_parameters,
     make_config,
-    random_state,
     reindexed,
     require,
-    same_random_state,
     same_values,
     tensors_in,
 )

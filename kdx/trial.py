@@ -5,12 +5,10 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -271,16 +269,6 @@ def reindexed(inputs: Mapping[str, Any], order: Tensor) -> dict[str, Any]:
         else value[order]
         for name, value in inputs.items()
     }
-
-
-def random_state() -> tuple[Any, ...]:
-    """The state of all global random generators, comparable with `same_random_state`."""
-    return torch.get_rng_state(), random.getstate(), np.random.get_state(legacy=True)
-
-
-def same_random_state(before: tuple[Any, ...], after: tuple[Any, ...]) -> bool:
-    numbers = [np.array_equal(a, b) for a, b in zip(before[2], after[2], strict=True)]
-    return torch.equal(before[0], after[0]) and before[1] == after[1] and all(numbers)
 
 
 def hidden_parameters(node: nn.Module) -> list[str]:

@@ -237,3 +237,13 @@ def test_a_node_that_writes_into_what_others_read_is_refused_before_training(tmp
     layer = {"plugins": [*PLAIN["plugins"], str(path)], "losses": {"mine": {"use": "writer"}}}
     with pytest.raises(kdx.PlanError, match=r"losses.mine \(writer, .*\): it changed batch.label in place"):
         run_in(tmp_path, config_of(PLAIN, layer))
+
+
+@pytest.mark.parametrize("draw", ["torch.rand(())", "random.random()", "np.random.rand()"])
+def test_a_node_that_draws_global_random_numbers_is_refused_before_training(tmp_path: Path, draw: str) -> None:
+    path = tmp_path / "writer_plugin.py"
+    path.write_text(WRITER.replace("label.add_(1).sub_(1)", draw).replace("import kdx", "import random\nimport kdx"))
+    path.write_text("import numpy as np\nimport torch\n" + path.read_text())
+    layer = {"plugins": [*PLAIN["plugins"], str(path)], "losses": {"mine": {"use": "writer"}}}
+    with pytest.raises(kdx.PlanError, match=r"losses.mine \(writer, .*\): it draws from the global random numbers"):
+        run_in(tmp_path, config_of(PLAIN, layer))

@@ -121,7 +121,7 @@ class Stubborn(kdx.Aligner):
 
 
 class Restless(kdx.Loss):
-    """Leaves traces wherever it can: buffers, a bank that grows, random numbers of its own and of torch."""
+    """Leaves traces wherever it can: buffers, a bank that grows, random numbers of its own."""
 
     name = "restless"
     inputs = {"student": "student.logits"}
@@ -134,7 +134,7 @@ class Restless(kdx.Loss):
     def forward(self, student: Tensor) -> Tensor:
         self.count += 1
         self.bank = torch.cat([self.bank, student.detach()])
-        noise = torch.rand(len(student), generator=self.given.generator) + torch.rand(())
+        noise = torch.rand(len(student), generator=self.given.generator)
         return (student.square().mean(1) * noise).mean()
 
 
