@@ -152,7 +152,7 @@ def _tried(calls: Sequence[ModelCall], batch: Batch) -> tuple[Together | None, s
             together.run(found)
         for call in calls:
             call.run(expected)
-    except (RuntimeError, ValueError, TypeError, NotImplementedError, UserWarning) as error:
+    except (RuntimeError, ValueError, TypeError, UserWarning) as error:
         return None, f"{type(error).__name__}: {str(error).splitlines()[0]}"
     for call in calls:
         for key in call.gives:
