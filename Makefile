@@ -17,7 +17,7 @@ types:
 	$(PYTHON) -m mypy
 
 test:
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 docs:
 	$(PYTHON) -m kdx.reference --check docs

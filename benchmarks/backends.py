@@ -1,11 +1,13 @@
 """Time of a frozen teacher by each backend, side by side: a ResNet-18 and a vision transformer for small images, each
 asked for its logits and an inner map, and for the map alone. Then the time of an update with and without channels-last.
 
-    python benchmarks/backends.py [--batch 32] [--size 32] [--threads 1] [--rounds 9] [--skip compile]
+    python benchmarks/backends.py [--batch 32] [--size 32] [--threads 1] [--rounds 9] [--skip compile] [--nets resnet18]
+        [--clock processor]
 
 All ways take turns; the table gives medians, as a part of eager calls as well, the largest difference from eager calls
 as a part of a field's largest value, and the time that the backend took to make. On a GPU (`--device cuda`) only those
-of PyTorch are possible.
+of PyTorch are possible, and `compile` needs a C++ compiler. `--clock processor` counts the time of this process alone,
+for a machine on which others compute as well.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ NETS: dict[str, tuple[dict[str, Any], str]] = {
 """Nets of timm with their options and the module that is tapped."""
 FIELDS = (("logits", "mid"), ("mid",))
 WARM_UP = 3
+CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 
 
 def call_of(
@@ -70,19 +73,19 @@ def teacher(name: str, wanted: tuple[str, ...], options: argparse.Namespace) -> 
             continue
         began = time.perf_counter()
         try:
-            contenders[way] = backend = make_backend(way, call, batch)
+            contenders[way] = backend = make_backend(way, [call], batch)
         except PlanError as error:
-            print(f"{name:<22} {'+'.join(wanted):<11} {way:<12} not possible: {error}")
+            print(f"{name:<22} {'+'.join(wanted):<11} {way:<12} not possible: {error}", flush=True)
             continue
         took = time.perf_counter() - began
         values = start(batch)
         backend.run(values)
-        notes[way] = f"{compare(call, values, batch):>9.1e}  {took:>6.1f} s"
+        notes[way] = f"{compare([call], values, batch):>9.1e}  {took:>6.1f} s"
     medians(contenders, batch, lambda: wait(options.device), WARM_UP)
-    found = medians(contenders, batch, lambda: wait(options.device), options.rounds)
+    found = medians(contenders, batch, lambda: wait(options.device), options.rounds, CLOCKS[options.clock])
     for way, ms in found.items():
         part = ms / found["eager"]
-        print(f"{name:<22} {'+'.join(wanted):<11} {way:<12} {ms:>8.2f} ms  {part:>5.2f}  {notes[way]}")
+        print(f"{name:<22} {'+'.join(wanted):<11} {way:<12} {ms:>8.2f} ms  {part:>5.2f}  {notes[way]}", flush=True)
 
 
 def session_of(options: argparse.Namespace, channels_last: bool) -> Session:
@@ -113,15 +116,16 @@ def layouts(options: argparse.Namespace) -> None:
     """The rows of a whole update."""
     sessions = {layout: session_of(options, layout) for layout in (False, True)}
     times: dict[bool, list[float]] = {layout: [] for layout in sessions}
+    clock = CLOCKS[options.clock]
     for turn in range(WARM_UP + options.rounds):
         for layout, session in sessions.items():
             batch = session.feed.at(0)
             session.runtime.wait()
-            began = time.perf_counter()
+            began = clock()
             step(session, batch, session.knobs.at(session.clock))
             session.runtime.wait()
             if turn >= WARM_UP:
-                times[layout].append(1000 * (time.perf_counter() - began))
+                times[layout].append(1000 * (clock() - began))
     found = {layout: statistics.median(values) for layout, values in times.items()}
     for layout, ms in found.items():
         print(f"update, resnet10t of resnet18, channels_last: {layout!s:<5}  {ms:>8.2f} ms  {ms / found[False]:>5.2f}")
@@ -135,11 +139,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--skip", nargs="*", default=[], choices=WAYS)
+    parser.add_argument("--nets", nargs="*", default=[*NETS], choices=NETS)
+    parser.add_argument("--clock", default="wall", choices=CLOCKS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    print(f"{options.device}, {options.batch} images of {options.size} pixels, {options.threads} thread(s)")
+    about = f"{options.batch} images of {options.size} pixels, {options.threads} thread(s), {options.clock} time"
+    print(f"{options.device}, {about}")
     print(f"{'net':<22} {'fields':<11} {'backend':<12} {'a call':>11}  {'part':>5}  {'gap':>9}  {'to make':>8}")
-    for name in NETS:
+    for name in options.nets:
         for wanted in FIELDS:
             teacher(name, wanted, options)
     layouts(options)

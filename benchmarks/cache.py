@@ -1,11 +1,15 @@
-"""What an update costs with stored answers of a teacher, against the same update of the student alone.
+"""What an update costs with stored answers of teachers, against the same update of the student that learns from labels.
 
-    python benchmarks/cache.py
+    python benchmarks/cache.py [--net mlp convnet resnet] [--rounds 60] [--batches 64] [--threads 1] [--cpu]
 
-Prints, for three students, the seconds of an update with cached logits, with one cached feature map too, with four
-cached teachers, and with the live teacher, each divided by that of the student alone, which has a loss of the same cost
-in place of the teacher's; and the seconds that filling a cache takes for each batch divided by those of an update with
-the live teacher. All are measured in turns within one process; what is shown are medians with quartiles.
+For each net of `nets.py`: an update of kdx with the stored logits of one teacher, with one stored feature map too, with
+four stored teachers whose mean is taken in each update, with the mean of four that is stored itself, and with the live
+teacher, as parts of an update of the student alone, in the same engine; the stored mean of four as a part of one stored
+teacher; and the time of filling a cache with logits, for each batch, as a part of an update with the live teacher. The
+column with a map holds the aligner and the loss on the map, too, which the student alone does not have; so it is shown
+as a part of `given` as well, the same losses on the same logits and maps that are streams of data in memory. All take
+turns within one process, with a fixed number of threads; shown are medians of the ratios of each turn, with quartiles.
+`--cpu` takes the processor's time in place of the wall clock's, for a machine that others use as well.
 """
 
 from __future__ import annotations
@@ -15,144 +19,137 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
+from nets import NETS, Net
+from step import LR, TEMPERATURE, Task, Update, in_turns, machine, make_task, tap
 
+from kdx.builtin.tensor_data import TensorDataset
 from kdx.config import load_mapping
-from kdx.loop import Session, Watchers, make_session, training
+from kdx.loop import Watchers, make_session, training
 from kdx.runs import Options, Prepared, build_plan, fill_caches, prepare
 from kdx.runtime import Runtime
 
-ARGS = {"layers": [1, 1, 1, 1], "channels": [16, 32, 64, 112], "stem_width": 8, "output_stride": 8}
-TEACHER = {"use": "timm", "model": "resnet10t", "args": ARGS}
-STUDENTS: dict[str, dict[str, Any]] = {
-    "resnet": {
-        "use": "timm",
-        "model": "resnet18",
-        "args": {"layers": [1, 1, 1, 1], "channels": [8, 16, 24, 24], "stem_type": "deep", "stem_width": 4,
-                 "output_stride": 16},
-    },
-    "convnet": {
-        "use": "timm",
-        "model": "resnet10t",
-        "args": {"layers": [1, 1, 1, 1], "channels": [4, 6, 8, 8], "stem_width": 4, "output_stride": 16},
-    },
-    "MLP": {
-        "use": "timm",
-        "model": "mlp_mixer.MlpMixer",
-        "args": {"img_size": 28, "patch_size": 14, "num_blocks": 1, "embed_dim": 32},
-    },
-}  # fmt: skip
-CASES = ("alone", "logits", "map", "four", "live")
+CASES = ("alone", "one", "map", "given", "four", "fused", "live")
+SHOWN = (
+    ("one", "alone"), ("map", "alone"), ("map", "given"), ("four", "alone"), ("fused", "alone"), ("live", "alone"),
+    ("fused", "one"),
+)  # fmt: skip
+"""The ratios of updates that are shown."""
 
 
-def config_of(student: dict[str, Any], case: str, folder: Path, steps: int) -> dict[str, Any]:
-    """The config of a case. Alone, the student's logits stand in for the teacher's, which cost nothing to have."""
-    names = ("a", "b", "c", "d") if case == "four" else ("a",)
-    cache = {} if case == "live" else {"cache": {"where": str(folder / "caches")}}
-    teachers = {name: {**TEACHER, **cache} for name in names}
-    losses: dict[str, Any] = {"ce": {"use": "cross_entropy"}, "kd": {"use": "kd", "temperature": 2.0}}
-    config: dict[str, Any] = {"targets": {}, "teachers": teachers}
-    if case == "alone":
-        config = {}
-        losses["kd"]["inputs"] = {"teacher": "student.logits"}
-    if case == "four":
-        config["targets"] = {"all": {"use": "mean"}}
+def config_of(net: Net, case: str, folder: Path) -> dict[str, Any]:
+    """The config of a case."""
+    names = ["a", "b", "c", "d"] if case in ("four", "fused") else [] if case in ("alone", "given") else ["a"]
+    cache = {"cache": {"where": str(folder / "caches")}}
+    teacher = {"use": "module", **(cache if case in ("one", "map", "four") else {})}
+    losses: dict[str, Any] = {"ce": {"use": "cross_entropy"}}
+    config: dict[str, Any] = {
+        "student": {"use": "module", "input": "image"},
+        "teachers": {name: {**teacher, "input": "image"} for name in names},
+    }
+    if case != "alone":
+        losses["kd"] = {"use": "kd", "temperature": TEMPERATURE}
+    if len(names) > 1:
+        config["targets"] = {"all": {"use": "mean", "temperature": TEMPERATURE, **(cache if case == "fused" else {})}}
         losses["kd"]["inputs"] = {"teacher": "all.logits"}
-    if case == "map":
-        taps = {"mid": 1}
-        config["teachers"]["a"] |= {"taps": taps}
-        losses["hint"] = {"use": "mse", "inputs": {"student": "mid", "teacher": "a.mid"}}
-        config["align"] = {"mid": {"source": "student.features", "like": "a.mid"}}
+    if case in ("map", "given"):
+        theirs = "a.mid" if case == "map" else "batch.mid"
+        for one in (config["student"], *config["teachers"].values()):
+            one["taps"] = {"mid": net.tap}
+        config["align"] = {"mid": {"use": net.aligner, "source": "student.mid", "like": theirs}}
+        losses["hint"] = {"use": "mse", "inputs": {"student": "mid", "teacher": theirs}}
+    if case == "given":
+        losses["kd"]["inputs"] = {"teacher": "batch.logits"}
     return {
-        "name": case, "out": str(folder), "baseline": False, "data": {"use": "fashion_mnist"}, "student": student,
-        **config, "losses": losses, "train": {"updates": steps, "batch": 128, "lr": 0.01},
+        "name": case, "out": str(folder), "baseline": False, "data": {"use": "tensors", "validation": 0}, **config,
+        "losses": losses,
+        "train": {"updates": 10**6, "batch": net.batch, "lr": LR, "optimizer": {"use": "sgd", "momentum": 0.9}},
+        "runtime": {"device": "cpu", "threads": torch.get_num_threads(), "teacher_batching": "never"},
     }  # fmt: skip
 
 
-def prepared(student: dict[str, Any], case: str, folder: Path, steps: int) -> Prepared:
-    return prepare(load_mapping(config_of(student, case, folder, steps)), Options(quiet=True))
+def prepared(task: Task, case: str, folder: Path) -> tuple[Prepared, Options]:
+    """A case with its data and networks; teachers differ in their weights."""
+    config = config_of(task.net, case, folder)
+    nets = {"student": task.net.student()}
+    for number, name in enumerate(config["teachers"]):
+        nets[name] = task.net.teacher()
+        with torch.no_grad():
+            for weight in nets[name].parameters():
+                weight.mul_(1 + 0.01 * number)
+    tensors = {"image": task.images, "label": task.labels}
+    if case == "given":
+        kept = tap(teacher := task.net.teacher().eval(), task.net.tap)
+        with torch.no_grad():
+            answers = [(teacher(part), kept[0]) for part in task.images.split(task.net.batch)]
+        tensors |= {
+            name: torch.cat(found) for name, found in zip(("logits", "mid"), zip(*answers, strict=True), strict=True)
+        }
+    options = Options(quiet=True, data=TensorDataset.from_tensors(tensors), networks=nets)
+    return prepare(load_mapping(config), options), options
 
 
-def session(found: Prepared) -> Session:
-    """A run that is ready to train, its caches filled."""
+def update_of(task: Task, case: str, folder: Path) -> Update:
+    """One update of a case, its caches filled."""
+    found, options = prepared(task, case, folder)
     runtime = Runtime(found.spec.runtime)
-    fill_caches(found, Options(quiet=True), runtime)
-    plan = build_plan(found, Options(quiet=True), trained=True, device=runtime.device)
-    return make_session(found.spec, plan, found.dataset, found.splits, runtime)
+    fill_caches(found, options, runtime)
+    plan = build_plan(found, options, trained=True, device=runtime.device)
 
-
-def updates(one: Session) -> Iterator[None]:
     def ignore(_: Any) -> None:
         pass
 
-    steps = training(one, Watchers(ignore, ignore, ignore, ignore))
+    session = make_session(found.spec, plan, found.dataset, found.splits, runtime)
+    steps = training(session, Watchers(ignore, ignore, ignore, ignore))
     next(steps)
-    return steps
+    return lambda: next(steps)
 
 
-def seconds_of(steps: Iterator[None], count: int) -> float:
-    began = time.perf_counter()
-    for _ in range(count):
-        next(steps)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return (time.perf_counter() - began) / count
-
-
-def filling(student: dict[str, Any], folder: Path, steps: int) -> float:
+def filling(task: Task, folder: Path, clock: Callable[[], float]) -> float:
     """Seconds that filling a cache of logits takes for each batch."""
-    found = prepared(student, "logits", folder, steps)
+    found, options = prepared(task, "one", folder)
     runtime = Runtime(found.spec.runtime)
     shutil.rmtree(folder / "caches", ignore_errors=True)
-    began = time.perf_counter()
-    fill_caches(found, Options(quiet=True), runtime)
-    return (time.perf_counter() - began) / (len(found.splits.train) / found.spec.train.batch)
+    began = clock()
+    fill_caches(found, options, runtime)
+    return (clock() - began) * task.net.batch / len(found.splits.train)
 
 
-def measure(student: dict[str, Any], rounds: int, count: int, folder: Path) -> dict[str, list[float]]:
-    """Seconds of an update, round by round, in each case, and of a batch of a filling."""
-    steps = (rounds + 2) * count + 4
-    ready = {case: updates(session(prepared(student, case, folder, steps))) for case in CASES}
-    found: dict[str, list[float]] = {case: [] for case in (*CASES, "fill")}
-    for turn in range(rounds + 1):
-        taken = {case: seconds_of(run, count) for case, run in ready.items()}
-        taken["fill"] = filling(student, folder / "filling", steps)
-        if turn:  # the first one warms up
-            for case, value in taken.items():
-                found[case].append(value)
-    return found
-
-
-def ratio(found: dict[str, list[float]], case: str, to: str) -> str:
-    values = [one / other for one, other in zip(found[case], found[to], strict=True)]
+def shown(values: list[float]) -> str:
     low, middle, high = statistics.quantiles(values, n=4)
     return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=8, help="measured rounds of each case")
-    parser.add_argument("--updates", type=int, default=10, help="updates in a round")
-    parser.add_argument("--students", default=",".join(STUDENTS), help="which of resnet, convnet, MLP")
+    parser.add_argument("--net", nargs="+", choices=[*NETS], default=[*NETS])
+    parser.add_argument(
+        "--rounds", type=int, default=60, help="measured updates of each case; 10 times as many for mlp"
+    )
+    parser.add_argument("--batches", type=int, default=64, help="batches of samples")
+    parser.add_argument("--fills", type=int, default=5, help="measured fillings")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch")
+    parser.add_argument("--cpu", action="store_true", help="measure processor time")
     options = parser.parse_args()
+    clock = time.process_time if options.cpu else time.perf_counter
     torch.set_num_threads(options.threads)
-    table = Table(title=f"against the student alone, {options.threads} threads, torch {torch.__version__}")
-    for head in ("student", "alone, ms", "logits", "logits and map", "four teachers", "live", "fill / live"):
-        table.add_column(head, justify="left" if head == "student" else "right")
-    for name in options.students.split(","):
+    print(f"parts of the other's {'processor time' if options.cpu else 'wall clock'}, median (quartiles); {machine()}")
+    heads = [f"{above} / {below}" for above, below in SHOWN]
+    print(f"{'net':<8} {'alone, ms':>10}", *(f"{head:>21}" for head in (*heads, "fill / live")))
+    for name in options.net:
+        task = make_task(NETS[name], "logits", options.batches)
         with tempfile.TemporaryDirectory() as folder:
-            found = measure(STUDENTS[name], options.rounds, options.updates, Path(folder))
-        alone = f"{1e3 * statistics.median(found['alone']):.1f}"
-        cases = [ratio(found, case, "alone") for case in ("logits", "map", "four", "live")]
-        table.add_row(name, alone, *cases, ratio(found, "fill", "live"))
-    Console(width=140).print(table)
+            updates = {case: update_of(task, case, Path(folder) / case) for case in CASES}
+            found = in_turns(updates, options.rounds, clock, burst=task.net.burst)
+            fills = [filling(task, Path(folder) / "filling", clock) for _ in range(options.fills + 1)][1:]
+        ratios = [[a / b for a, b in zip(found[above], found[below], strict=True)] for above, below in SHOWN]
+        live = statistics.median(found["live"])
+        cells = (f"{shown(values):>21}" for values in (*ratios, [fill / live for fill in fills]))
+        print(f"{name:<8} {1e3 * statistics.median(found['alone']):>10.2f}", *cells, flush=True)
 
 
 if __name__ == "__main__":

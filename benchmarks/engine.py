@@ -2,15 +2,18 @@
 
     python benchmarks/engine.py [--parts terms plugins stop memory optimizers start]
 
-`terms`: microseconds that one more loss adds to an update, above those of the same loss in a loop by hand.
+`terms`: microseconds of the processor that one more loss adds to an update, above those of the same loss in a loop by
+    hand: in each turn the slope over 0, 2, 6 and 10 more of them; the median over all turns with its 95 % interval.
 `plugins`: an update with 20 registered plugins, each with a loss that nothing names and a hook on every step, against
     the same update without them.
 `stop`: the time of a teacher whose last tensor is an inner one, as a part of that of the whole teacher, beside the
     part that the layers up to there take when they are run by hand.
-`memory`: the peak of a process that trains with kdx, against one with the plain loop of `step.py` (Linux, CPU).
+`memory`: the peak of a process that trains with kdx, against one with the plain and one with the tuned loop of
+    `step.py` (Linux, CPU). Freed blocks go back to the system at once, so that it is the peak of what is in use.
 `optimizers`: a step of the plain, the `foreach` and the fused version.
-`start`: seconds of `kdx --help` and `import kdx`, and of a process up to its first update against one that only imports
-    torch, timm and torchmetrics.
+`start`: seconds of `kdx --help` and `import kdx`; of a process up to its first update with the parts of kdx, and of
+    `kdx run` up to its first update, against processes that import torch, timm and torchmetrics and those that do a
+    first update by hand. All have their bytecode at hand, and take turns.
 """
 
 from __future__ import annotations
@@ -29,17 +32,30 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from losses import status
 from nets import NETS
-from step import Update, in_turns, kdx_update, machine, make_task, plain_update, ratio, spread
+from scipy.stats import bootstrap
+from step import (
+    Task,
+    Update,
+    in_turns,
+    kdx_update,
+    machine,
+    make_task,
+    plain_update,
+    ratio,
+    spread,
+    tuned_update,
+)
 from torch import nn
 
 from kdx.components import Network
 from kdx.taps import Tap, Tapped
 
-TERMS, PLUGINS = 8, 20
+TERMS, PLUGINS = (0, 2, 6, 10), 20
 PLUGIN = """
     import kdx
     from torch import Tensor
@@ -91,22 +107,17 @@ def by_hand(terms: int) -> Update:
 
 def terms(rounds: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        files = plugin_files(Path(folder), TERMS)
+        files = plugin_files(Path(folder), max(TERMS))
         task = make_task(NETS["mlp"], "logits")
-        more = {f"spare_{i}": {"use": f"spare_{i}", "weight": 0.1} for i in range(TERMS)}
-        updates = {
-            "kdx": kdx_update(task, files),
-            "kdx+": kdx_update(task, files, more),
-            "hand": by_hand(0),
-            "hand+": by_hand(TERMS),
-        }
-        found = in_turns(updates, 10 * rounds)
-    added = {
-        name: statistics.median(b - a for a, b in zip(found[name], found[f"{name}+"], strict=True)) / TERMS
-        for name in ("kdx", "hand")
-    }
-    ours, theirs = 1e6 * added["kdx"], 1e6 * added["hand"]
-    print(f"one more term: {ours:.0f} us, by hand {theirs:.0f} us, engine {ours - theirs:.0f} us")
+        more = [{f"spare_{i}": {"use": f"spare_{i}", "weight": 0.1} for i in range(count)} for count in TERMS]
+        updates = {f"kdx {len(losses)}": kdx_update(task, files, losses) for losses in more}
+        updates |= {f"hand {count}": by_hand(count) for count in TERMS}
+        found = in_turns(updates, 4 * rounds, time.process_time, burst=task.net.burst)
+    kdx, hand = (np.array([found[f"{way} {count}"] for count in TERMS]) * 1e6 for way in ("kdx", "hand"))
+    for name, times in {"kdx": kdx, "by hand": hand, "the engine's part": kdx - hand}.items():
+        slopes = np.polyfit(TERMS, times, 1)[0]
+        sure = bootstrap((slopes,), np.median, method="percentile", random_state=0).confidence_interval
+        print(f"one more term, {name}: {np.median(slopes):.1f} us ({sure.low:.1f} to {sure.high:.1f})")
 
 
 def plugins(rounds: int) -> None:
@@ -140,27 +151,31 @@ def stop(rounds: int) -> None:
         print(f"a teacher (resnet34) that ends at layer{layer}: {shares[0]} of the whole, by hand {shares[1]}")
 
 
+MADE: dict[str, Callable[[Task], Update]] = {"kdx": kdx_update, "plain": plain_update, "tuned": tuned_update}
+
+
 def memory(rounds: int) -> None:
     context = multiprocessing.get_context("spawn")
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 16)
     for name in ("convnet", "resnet"):
         peaks = {}
-        for way in ("kdx", "plain"):
+        for way in MADE:
             with context.Pool(1) as pool:
                 peaks[way] = float(pool.apply(_peak, (name, way, torch.get_num_threads())))
-        print(f"peak memory of {name}: kdx {peaks['kdx']:.0f} MB, plain {peaks['plain']:.0f} MB, "
-              f"ratio {peaks['kdx'] / peaks['plain']:.2f}")  # fmt: skip
+        shown = ", ".join(f"{way} {peak:.1f} MB" for way, peak in peaks.items())
+        print(f"peak memory of {name}: {shown}; kdx / plain {peaks['kdx'] / peaks['plain']:.2f}")
 
 
 def _peak(name: str, way: str, threads: int) -> float:
     torch.set_num_threads(threads)
     warm = make_task(NETS["mlp"], "hint", 2)
-    for make in (kdx_update, plain_update):  # what every process needs, libraries included
+    for make in MADE.values():  # what every process needs, libraries included
         make(warm)()
     task = make_task(NETS[name], "hint", 8)
     gc.collect()
     before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
-    update = kdx_update(task) if way == "kdx" else plain_update(task)
+    update = MADE[way](task)
     for _ in range(3):
         update()
     return (status("VmHWM") - before) * 1024 / 1e6
@@ -181,36 +196,79 @@ def optimizers(rounds: int) -> None:
         print(f"{name} of resnet18: plain {spread(found['plain'])} ms; foreach {foreach}, fused {fused} of it")
 
 
-FIRST = "from step import *; kdx_update(make_task(NETS['convnet'], 'logits'))()"
+IMPORTS = "import torch, timm, torchmetrics"
+PARTS_OF_KDX = "from step import *; kdx_update(make_task(NETS['{net}'], 'logits'))()"
+BY_HAND = """
+from nets import NETS
+net = NETS["{net}"]
+student, teacher = net.student(), net.teacher()
+optimizer = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9)
+images = torch.rand(net.batch, *net.shape)
+loss = torch.nn.functional.cross_entropy(student(images), teacher(images).softmax(1))
+loss.backward()
+optimizer.step()
+"""
+CONFIG = """
+name: first
+baseline: false
+out: {folder}/runs
+plugins: [ends.py]
+data: {{use: fashion_mnist}}
+student: {{use: timm, model: resnet18}}
+teachers: {{large: {{use: timm, model: resnet34}}}}
+losses: {{ce: {{use: cross_entropy}}, kd: {{use: kd}}}}
+train: {{updates: 10, batch: 128, lr: 0.1, optimizer: {{use: sgd, momentum: 0.9}}}}
+runtime: {{device: cpu, threads: 1}}
+"""
+ENDS = """
+import os
+import kdx
+
+@kdx.hookimpl
+def kdx_step_end(report: kdx.StepReport) -> None:
+    os._exit(0)
+"""
 
 
 def start(rounds: int) -> None:
     here = Path(__file__).parent
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 
     def run(*command: str) -> tuple[float, float]:
         """Seconds of the wall clock and of the processor."""
         wall, before = time.perf_counter(), os.times()
-        subprocess.run([sys.executable, *command], check=True, cwd=here, stdout=subprocess.DEVNULL)
+        subprocess.run([sys.executable, *command], check=True, cwd=here, env=kept, stdout=subprocess.DEVNULL)
         after = os.times()
         used = after.children_user - before.children_user + after.children_system - before.children_system
         return time.perf_counter() - wall, used
 
-    ways = {
-        "python alone": ("-c", "pass"),
-        "import kdx, without torch": ("-c", "import sys, kdx; sys.exit('torch' in sys.modules)"),
-        "kdx --help": ("-m", "kdx", "--help"),
-        "import torch, timm, torchmetrics": ("-c", "import torch, timm, torchmetrics"),
-        "first update of kdx": ("-c", FIRST),
-    }
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
-    for _ in range(max(3, rounds // 10)):
-        for name, command in ways.items():
-            found[name].append(run(*command))
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "ends.py").write_text(ENDS)
+        (Path(folder) / "first.yaml").write_text(CONFIG.format(folder=folder))
+        ways = {
+            "python alone": ("-c", "pass"),
+            "import kdx, without torch": ("-c", "import sys, kdx; sys.exit('torch' in sys.modules)"),
+            "kdx --help": ("-m", "kdx", "--help"),
+            IMPORTS: ("-c", IMPORTS),
+            "first update of convnet by hand": ("-c", "import torch" + BY_HAND.format(net="convnet")),
+            "first update of convnet, parts of kdx": ("-c", PARTS_OF_KDX.format(net="convnet")),
+            "first update of resnet by hand": ("-c", IMPORTS + BY_HAND.format(net="resnet")),
+            "first update of resnet, kdx run": ("-m", "kdx", "run", "--fresh", "--quiet", f"{folder}/first.yaml"),
+        }
+        found: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+        for turn in range(1 + max(3, rounds // 10)):
+            for name, command in ways.items():
+                took = run(*command)
+                if turn:  # the first one writes bytecode
+                    found[name].append(took)
     for name, seconds in found.items():
         wall, used = (statistics.median(one[place] for one in seconds) for place in (0, 1))
         print(f"{name}: {wall:.2f} s, of the processor {used:.2f} s")
-    used = {name: [one[1] for one in seconds] for name, seconds in found.items()}
-    print(f"first update / imports, processor: {ratio(used['first update of kdx'], used[list(ways)[3]])}")
+    processor = {name: [one[1] for one in seconds] for name, seconds in found.items()}
+    for net, way in (("convnet", "parts of kdx"), ("resnet", "kdx run")):
+        ours = processor[f"first update of {net}, {way}"]
+        shares = [ratio(ours, processor[name]) for name in (IMPORTS, f"first update of {net} by hand")]
+        print(f"first update of {net}, {way}, processor: {shares[0]} of the imports, {shares[1]} of that by hand")
 
 
 PARTS = {

@@ -45,7 +45,6 @@ def session(teacher: dict[str, Any], student: dict[str, Any], temperature: float
         "teachers": {"cnn": {"use": "timm", "model": "resnet10t", "args": teacher}},
         "losses": {"ce": {"use": "cross_entropy"}, "kd": {"use": "kd", "temperature": temperature}},
         "train": {"updates": steps, "batch": 128, "lr": 0.01, "optimizer": {"use": "adamw"}},
-        "runtime": {"device": "auto"},
     }
     prepared = prepare(load_mapping(config), Options(quiet=True))
     runtime = Runtime(prepared.spec.runtime)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import math
 import multiprocessing
 import statistics
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from step import in_turns, machine, ratio
 from torch import Tensor
 
 from kdx.builtin.losses import cross_entropy
-from kdx.fused import log_mixture, soft_divergence
+from kdx.fused import cross_entropy_and_divergence, log_mixture, soft_divergence
 
 TEMPERATURE = torch.tensor(4.0)
 Loss = Callable[[Tensor, list[Tensor], Tensor], Tensor]
@@ -34,7 +35,7 @@ def usual_ce(student: Tensor, teachers: list[Tensor], label: Tensor) -> Tensor:
 
 
 def our_ce(student: Tensor, teachers: list[Tensor], label: Tensor) -> Tensor:
-    return cross_entropy(student, label)
+    return cross_entropy(student, label, labelled=True)
 
 
 def usual_kd(student: Tensor, teachers: list[Tensor], label: Tensor) -> Tensor:
@@ -45,9 +46,8 @@ def usual_kd(student: Tensor, teachers: list[Tensor], label: Tensor) -> Tensor:
 
 
 def our_kd(student: Tensor, teachers: list[Tensor], label: Tensor) -> Tensor:
-    with torch.no_grad():
-        weights = [-torch.tensor(float(len(teachers))).log().item()] * len(teachers)
-        teacher = log_mixture(teachers, weights, TEMPERATURE) if len(teachers) > 1 else teachers[0]
+    weights = [-math.log(len(teachers))] * len(teachers)
+    teacher = log_mixture(teachers, weights, TEMPERATURE) if len(teachers) > 1 else teachers[0]
     return soft_divergence(student, teacher, TEMPERATURE).mean()
 
 
@@ -56,7 +56,9 @@ def usual_both(student: Tensor, teachers: list[Tensor], label: Tensor) -> Tensor
 
 
 def our_both(student: Tensor, teachers: list[Tensor], label: Tensor) -> Tensor:
-    return our_ce(student, teachers, label) + our_kd(student, teachers, label)
+    if (found := cross_entropy_and_divergence(student, label, teachers[0], TEMPERATURE)) is None:
+        return our_ce(student, teachers, label) + our_kd(student, teachers, label)
+    return found[0] + found[1].mean()
 
 
 CASES: dict[str, tuple[int, Loss, Loss]] = {

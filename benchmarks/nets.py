@@ -12,7 +12,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Net:
-    """`weight` is how many more rounds a fast net is given; `tap` a module of both nets, `align` between the two."""
+    """`burst` is how many updates make a turn; `tap` a module of both nets, `align` between the two."""
 
     student: Callable[[], nn.Module]
     teacher: Callable[[], nn.Module]
@@ -22,7 +22,7 @@ class Net:
     tap: str
     aligner: str
     align: Callable[[], nn.Module]
-    weight: int = 1
+    burst: int = 1
     has_maps: bool = True
 
 
@@ -69,15 +69,15 @@ def seeded(make: Callable[..., nn.Module], *options: object) -> Callable[[], nn.
 
 NETS = {
     "mlp": Net(
-        seeded(mlp, 256), seeded(mlp, 512), (1, 28, 28), 10, 64, "act2", "linear",
-        seeded(nn.Linear, 256, 512), weight=10, has_maps=False,
+        seeded(mlp, 64), seeded(mlp, 128), (1, 28, 28), 10, 128, "act2", "linear",
+        seeded(nn.Linear, 64, 128), burst=20, has_maps=False,
     ),
     "convnet": Net(
-        seeded(convnet, 16), seeded(convnet, 32), (3, 32, 32), 100, 64, "second", "conv1x1",
-        seeded(nn.Conv2d, 32, 64, 1), weight=3,
+        seeded(convnet, 12), seeded(convnet, 24), (3, 32, 32), 100, 64, "second", "conv1x1",
+        seeded(nn.Conv2d, 24, 48, 1), burst=5,
     ),
     "resnet": Net(
-        seeded(resnet, "resnet18"), seeded(resnet, "resnet34"), (3, 32, 32), 100, 16, "layer3", "conv1x1",
+        seeded(resnet, "resnet18"), seeded(resnet, "resnet34"), (3, 32, 32), 100, 128, "layer3", "conv1x1",
         seeded(nn.Conv2d, 256, 256, 1),
     ),
 }  # fmt: skip

@@ -5,8 +5,8 @@
 
 All train the same nets on batches of the same size with SGD and momentum, the divergence at temperature 4 and
 cross-entropy, log nothing and save nothing. A library that owns its loop runs in a thread which stops whenever it asks
-for a batch, so that all can take turns; a library that is not installed is left out. Of torchdistill there is no row:
-its boxes are described by configuration for whole data sets.
+for a batch, so that all can take turns; a library that is not installed is left out. ModelOpt averages its terms where
+the others add them, at the same price.
 """
 
 from __future__ import annotations
@@ -162,7 +162,66 @@ def lightning(task: Task, loader: Any) -> None:
     trainer.fit(Distiller(), loader)
 
 
-LOOPS = {"timm": timm_task, "accelerate": accelerate, "transformers": transformers, "lightning": lightning}
+def torchdistill(task: Task, loader: Any) -> None:
+    from torchdistill.core.distillation import get_distillation_box
+
+    logits = {f"{role}_module_{part}": value for role in ("student", "teacher")
+              for part, value in (("path", "."), ("io", "output"))}  # fmt: skip
+    divergence = {"key": "KDLoss", "kwargs": {**logits, "temperature": TEMPERATURE, "alpha": 1.0, "beta": 1.0}}
+    config = {
+        "num_epochs": 1,
+        "teacher": {"forward_proc": "forward_batch_only", "requires_grad": False},
+        "student": {"forward_proc": "forward_batch_only", "requires_grad": True},
+        "optimizer": {"key": "SGD", "kwargs": {"lr": LR, "momentum": 0.9}},
+        "criterion": {
+            "key": "WeightedSumLoss",
+            "kwargs": {"sub_terms": {"kd": {"criterion": divergence, "weight": 1.0}}},
+        },
+    }
+    nets = {"teacher_model": task.net.teacher().eval(), "student_model": task.net.student()}
+    box = get_distillation_box(
+        **nets, dataset_dict={}, train_config=config, device=torch.device("cpu"), device_ids=None, distributed=False,
+        lr_factor=1,
+    )  # fmt: skip
+    box.train_data_loader = loader  # a loader of its own would collate sample by sample, which no other one here does
+    box.pre_epoch_process(epoch=0)
+    for images, labels in box.train_data_loader:
+        loss = box.forward_process(images, labels)
+        box.post_forward_process(loss=loss)
+
+
+def modelopt(task: Task, loader: Any) -> None:
+    import modelopt.torch.distill as library
+
+    class Student(nn.Module):
+        """It adds modules to the net that it is given, which a net that calls all of its own in turn would call too."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = task.net.student()
+
+        def forward(self, images: Tensor) -> Tensor:
+            logits: Tensor = self.net(images)
+            return logits
+
+    config = {
+        "teacher_model": task.net.teacher(),
+        "criterion": library.LogitsDistillationLoss(temperature=TEMPERATURE, reduction="batchmean"),
+        "loss_balancer": library.StaticLossBalancer(),
+    }
+    student = library.convert(Student(), mode=[("kd_loss", config)])
+    optimizer = sgd(student)
+    for images, labels in loader:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(student(images), labels)
+        student.compute_kd_loss(student_loss=loss).backward()
+        optimizer.step()
+
+
+LOOPS = {
+    "torchdistill": torchdistill, "timm": timm_task, "nvidia-modelopt": modelopt, "accelerate": accelerate,
+    "transformers": transformers, "lightning": lightning,
+}  # fmt: skip
 
 
 def installed(name: str) -> str | None:
@@ -174,8 +233,8 @@ def installed(name: str) -> str | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--net", nargs="+", choices=[*NETS], default=["mlp", "resnet"])
-    parser.add_argument("--rounds", type=int, default=30, help="measured updates of each; 10 times as many for mlp")
+    parser.add_argument("--net", nargs="+", choices=[*NETS], default=["mlp", "convnet", "resnet"])
+    parser.add_argument("--rounds", type=int, default=30, help="measured turns of each loop")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cpu", action="store_true", help="measure processor time")
     options = parser.parse_args()
@@ -191,15 +250,15 @@ def main() -> None:
             if versions[library]:
                 updates[library] = Turns(task, run).step
         clock = time.process_time if options.cpu else time.perf_counter
-        found = in_turns(updates, options.rounds * NETS[name].weight, clock)
+        found = in_turns(updates, options.rounds, clock, burst=NETS[name].burst)
         for library, version in versions.items():
             if library not in found:
-                print(f"{name:<8} {library:<20} not installed")
+                print(f"{name:<8} {library:<24} not installed")
                 continue
             share = ratio(found["kdx"], found[library])
             middle = statistics.median(found[library])
             text = f"kdx takes {share} of it" if middle else ""
-            print(f"{name:<8} {library + ' ' + (version or ''):<20} {spread(found[library]):>24}   {text}", flush=True)
+            print(f"{name:<8} {library + ' ' + (version or ''):<24} {spread(found[library]):>24}   {text}", flush=True)
 
 
 if __name__ == "__main__":

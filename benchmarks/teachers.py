@@ -1,11 +1,14 @@
-"""Time of an update and peak memory with 1, 2, 4 and 8 teachers of one architecture: called one after another, and as
-one batched call.
+"""Several live teachers: their calls in every way for four of each net of `nets.py`, as a part of four calls by hand,
+and then the time of an update and peak memory with 1, 2, 4 and 8 of them, one after another and as one batched call.
 
-    python benchmarks/teachers.py [--device cuda] [--channels 16,32,64,128] [--batch 64] [--rounds 7]
+    python benchmarks/teachers.py [--device cuda] [--nets mlp,convnet,resnet] [--counts 1,2,4,8] [--skip compile]
+        [--channels 16,32,64,128] [--batch 64] [--rounds 7] [--clock processor]
 
-Both ways train the same session of random images [B, 1, 28, 28], turn by turn, with a fixed number of threads; the
-table gives medians of whole updates. Memory is the peak above that of the process before the teachers are made: each
-number comes from a process of its own, and is that of the device on a GPU and of the process elsewhere.
+All ways take turns, with a fixed number of threads; the tables give medians. By hand the four nets are modules of
+PyTorch that are called one after another, without gradient. A graph is of one teacher (so there are four) or of all.
+Updates are of sessions with random images [B, 1, 28, 28]. Memory is the peak above that of the process before the
+teachers are made: each number comes from a process of its own, and is that of the device on a GPU and of the process
+elsewhere. `--clock processor` counts the time of this process alone, for a machine on which others compute as well.
 """
 
 from __future__ import annotations
@@ -15,22 +18,85 @@ import gc
 import multiprocessing
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from nets import NETS
 
+from kdx.backends import WAYS as BACKENDS
+from kdx.backends import make_backend, problem_of, start
+from kdx.batched import BATCHED, Together
 from kdx.builtin.tensor_data import TensorDataset
+from kdx.calls import ModelCall, Values, execute
+from kdx.components import Network
 from kdx.config import load_mapping
+from kdx.errors import PlanError
 from kdx.loop import Session, make_session, step
 from kdx.runs import Options, build_plan, prepare
 from kdx.runtime import Runtime
+from kdx.taps import Tapped
 from kdx.ways import decide
 
-COUNTS = (1, 2, 4, 8)
+FOUR = 4
+CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 WAYS = {"never": "one after another", "always": "one call"}
 WARM_UP = 2
+
+
+@torch.no_grad()
+def four(name: str, options: argparse.Namespace) -> None:
+    """The rows of four teachers of one net, which differ in their weights."""
+    net, device = NETS[name], torch.device(options.device)
+    nets = [net.teacher().requires_grad_(False).eval().to(device) for _ in range(FOUR)]
+    for number, one in enumerate(nets):
+        for weight in one.parameters():
+            weight.mul_(1 + 0.01 * number)
+    batch = {"image": torch.rand(net.batch, *net.shape, device=device)}
+    calls = []
+    for number, one in enumerate(nets):
+        who = f"{name}_{number}"
+        tapped = Tapped(Network(one), ("logits",), {}, who)
+        calls.append(ModelCall(who, who, tapped, {"image": "batch.image"}, (f"{who}.logits",)))
+    ways: dict[str, Callable[[Values], object]] = {
+        "by hand": lambda values: [one(values["batch.image"]) for one in nets],
+        "kdx, eager": lambda values: execute(calls, values),
+        f"kdx, {BATCHED}": Together(calls).run,
+    }
+    for way in BACKENDS:
+        if way in options.skip or problem_of(way, calls[0], device) is not None:
+            continue
+        try:
+            singles = [make_backend(way, [call], batch) for call in calls]
+            ways[f"kdx, {FOUR} graphs, {way}"] = lambda values, singles=singles: [one.run(values) for one in singles]
+            ways[f"kdx, one graph, {way}"] = make_backend(way, calls, batch).run
+        except PlanError as error:
+            print(f"{name:<8}  {way} is not possible: {error}")
+    found: dict[str, list[float]] = {way: [] for way in ways}
+    clock = CLOCKS[options.clock]
+    for turn in range(WARM_UP + options.rounds * net.burst):
+        for way, run in ways.items():
+            values = start(batch)
+            wait(device)
+            began = clock()
+            run(values)
+            wait(device)
+            if turn >= WARM_UP:
+                found[way].append(clock() - began)
+    times = {way: statistics.median(seconds) for way, seconds in found.items()}
+    for way, seconds in times.items():
+        print(f"{name:<8}  {way:<28}  {1000 * seconds:>9.2f} ms  {seconds / times['by hand']:>6.2f}")
+    for title, kinds in {"each by its best way": ("eager", "graphs"), "the best graph of all": ("one graph",)}.items():
+        best = min((time for way, time in times.items() if any(kind in way for kind in kinds)), default=None)
+        if best is not None:
+            print(f"{name:<8}  {title:<28}  {1000 * best:>9.2f} ms  {best / times['by hand']:>6.2f}", flush=True)
+
+
+def wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def session_of(options: argparse.Namespace, count: int, way: str) -> Session:
@@ -66,14 +132,14 @@ def session_of(options: argparse.Namespace, count: int, way: str) -> Session:
     return session
 
 
-def update(session: Session) -> float:
+def update(session: Session, clock: Callable[[], float] = time.perf_counter) -> float:
     """One update on the first batch; gives its seconds."""
     batch = session.feed.at(0)
     session.runtime.wait()
-    began = time.perf_counter()
+    began = clock()
     step(session, batch, session.knobs.at(session.clock))
     session.runtime.wait()
-    return time.perf_counter() - began
+    return clock() - began
 
 
 def times(options: argparse.Namespace, count: int) -> dict[str, float]:
@@ -82,7 +148,7 @@ def times(options: argparse.Namespace, count: int) -> dict[str, float]:
     found: dict[str, list[float]] = {way: [] for way in sessions}
     for turn in range(WARM_UP + options.rounds):
         for way, session in sessions.items():
-            seconds = update(session)
+            seconds = update(session, CLOCKS[options.clock])
             if turn >= WARM_UP:
                 found[way].append(seconds)
     return {way: statistics.median(seconds) for way, seconds in found.items()}
@@ -120,14 +186,23 @@ def _peak_of_process() -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--nets", default=",".join(NETS), help="nets of which four are called in every way")
+    parser.add_argument("--counts", default="1,2,4,8", help="numbers of teachers of an update; nothing for none")
+    parser.add_argument("--skip", nargs="*", default=[], choices=BACKENDS)
     parser.add_argument("--channels", default="16,32,64,128", help="widths of the four stages of a teacher")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--clock", default="wall", choices=CLOCKS)
     options = parser.parse_args()
-    print(f"{options.device}, batch {options.batch}, {options.threads} thread(s), channels {options.channels}")
+    torch.set_num_threads(options.threads)
+    print(f"{options.device}, {options.threads} thread(s), {options.clock} time")
+    print(f"{'net':<8}  {'four teachers':<28}  {'all four':>12}  {'part':>6}")
+    for name in filter(None, options.nets.split(",")):
+        four(name, options)
+    print(f"batch {options.batch}, channels {options.channels}")
     print(f"{'teachers':>8}  {'way':<18}  {'update':>10}  {'speed-up':>8}  {'peak memory':>12}")
-    for count in COUNTS:
+    for count in map(int, filter(None, options.counts.split(","))):
         found = times(options, count)
         for way, seconds in found.items():
             memory = peak(options, count, way)

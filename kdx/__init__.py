@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from kdx.errors import PluginError as PluginError
     from kdx.fused import log_mixture as log_mixture
     from kdx.fused import soft_divergence as soft_divergence
+    from kdx.fused_distance import squared_distance as squared_distance
     from kdx.plan import Plan as Plan
     from kdx.randomness import Randomness as Randomness
     from kdx.student import load_student as load_student
@@ -80,6 +81,7 @@ _NAMES = {
     "kdx.distributed": ("gather",),
     "kdx.errors": ("CheckpointError", "ConfigError", "DataError", "KdxError", "PlanError", "PluginError"),
     "kdx.fused": ("log_mixture", "soft_divergence"),
+    "kdx.fused_distance": ("squared_distance",),
     "kdx.plan": ("Plan",),
     "kdx.randomness": ("Randomness",),
     "kdx.student": ("load_student",),

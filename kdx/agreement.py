@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdx.data import View, in_order
+from kdx.data import View
+from kdx.loader import in_order
 from kdx.loop import Session, evaluating
 from kdx.result import Metrics
 from kdx.types import Batch

@@ -12,6 +12,7 @@ from torch import Tensor
 from kdx.components import Given
 from kdx.errors import ConfigError, PlanError
 from kdx.fused import soft_divergence
+from kdx.fused_distance import squared_distance
 from kdx.types import Shape
 
 
@@ -33,7 +34,7 @@ def soft_divergences(student: Tensor, teachers: Sequence[Tensor], temperatures: 
 def hint_distances(student: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor:
     """The mean squared difference of M pairs of tensors [B, ...] of equal shape, [B, M]. Teachers get no gradient."""
     pairs = zip(student, teachers, strict=True)
-    return torch.stack([(ours - theirs.detach()).square().flatten(1).mean(1) for ours, theirs in pairs], 1)
+    return torch.stack([squared_distance(ours, theirs) for ours, theirs in pairs], 1)
 
 
 def confidence_weights(errors: Tensor, present: Tensor | None = None) -> Tensor:

@@ -1,26 +1,28 @@
-"""What computes a frozen model in place of eager calls: a folded or compiled graph, onnxruntime or OpenVINO."""
+"""What computes frozen models in place of eager calls: a folded or compiled graph, onnxruntime or OpenVINO."""
 
 from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from kdx.backends_graph import export, fold
-from kdx.calls import ModelCall, Values
+from kdx.backends_graph import export, fold, keys_of
+from kdx.calls import Call, Key, ModelCall, Values
 from kdx.errors import ConfigError, PlanError
 from kdx.plan import Plan
 from kdx.ranges import AUTO, EAGER
 from kdx.reach import base_of
+from kdx.recall import IdleCall
 from kdx.types import Batch
 
 Answer = Callable[[Sequence[Tensor]], Sequence[Tensor]]
-"""From the streams of a network to its wanted fields."""
+"""From the streams of a graph to its fields."""
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 """By how much a field may differ from that of eager calls, as a part of the field's largest value."""
 _NEEDS: Mapping[str, tuple[str, ...]] = {
@@ -31,28 +33,28 @@ _NEEDS: Mapping[str, tuple[str, ...]] = {
 
 
 class Backend:
-    """Answers for one model as it does itself within rounding.
+    """Answers for one model, or for several that read the same, as they do themselves within rounding.
 
-    A batch of another size than that which it was made for is answered by the model.
+    A batch of another size than that which it was made for is answered by the models.
     """
 
-    def __init__(self, way: str, call: ModelCall, answer: Answer, streams: Sequence[Tensor]) -> None:
+    def __init__(self, way: str, calls: Sequence[ModelCall], answer: Answer, streams: Sequence[Tensor]) -> None:
         self.way = way
-        self.calls = (call,)
-        self._call = call
+        self.calls = tuple(calls)
+        self._reads = keys_of(calls)
+        self._gives = [key for call in calls for key in call.gives]
         self._answer = answer
         self._shapes = [stream.shape for stream in streams]
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def run(self, values: Values) -> None:
-        """Leave what the model gives."""
-        call = self._call
-        streams = streams_of(call, values)
-        if [stream.shape for stream in streams] != self._shapes:
-            call.run(values)
-            return
-        for key, tensor in zip(call.gives, self._answer(streams), strict=True):
-            values[key] = tensor
+        """Leave what the models give."""
+        streams = [values[key] for key in self._reads]
+        if [stream.shape for stream in streams] == self._shapes:
+            values.update(zip(self._gives, self._answer(streams), strict=True))
+        else:
+            for call in self.calls:
+                call.run(values)
 
 
 def backend_of(plan: Plan, call: ModelCall) -> str:
@@ -95,34 +97,55 @@ def computed_eagerly(plan: Plan) -> list[ModelCall]:
     return [call for call in calls if backend_of(plan, call) in (EAGER, AUTO)]
 
 
-def make_backend(way: str, call: ModelCall, batch: Batch) -> Backend:
-    """A backend that is made for a batch of this size and has passed the comparison with the model on it.
+def reading_the_same(calls: Iterable[ModelCall]) -> list[tuple[ModelCall, ...]]:
+    """The calls that may be one graph: two or more that read the same streams and have no place of their own."""
+    groups: dict[frozenset[Key], list[ModelCall]] = {}
+    for call in calls:
+        if call.seat is None:
+            groups.setdefault(frozenset(call.reads), []).append(call)
+    return [tuple(group) for group in groups.values() if len(group) > 1]
+
+
+def named_graphs(plan: Plan, calls: Iterable[Call]) -> list[tuple[str, tuple[ModelCall, ...]]]:
+    """What is one graph where one call is asked for `always`: the live teachers that name the same backend."""
+    named: dict[str, list[ModelCall]] = {}
+    for call in calls:
+        if isinstance(call, ModelCall) and not isinstance(call, IdleCall):
+            named.setdefault(backend_of(plan, call), []).append(call)
+    for way in (EAGER, AUTO):
+        named.pop(way, None)
+    return [(way, group) for way, found in named.items() for group in reading_the_same(found)]
+
+
+def make_backend(way: str, calls: Sequence[ModelCall], batch: Batch) -> Backend:
+    """A backend that is made for a batch of this size and has passed the comparison with the models on it.
 
     Raises `PlanError` with the reason where it cannot be made or differs by more than `TOLERANCE`.
     """
     values = start(batch)
-    streams = streams_of(call, values)
+    streams = streams_of(calls, values)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of other people's compilers
-            backend = Backend(way, call, _MAKERS[way](export(call.module, streams), streams), streams)
+            backend = Backend(way, calls, _MAKERS[way](export(calls, streams), streams), streams)
             backend.run(values)
     except Exception as error:  # compilers raise anything
         lines = str(error).strip().splitlines() or ["no reason given"]
         raise PlanError(f"{type(error).__name__}: {lines[0]}") from error
-    compare(call, values, batch)
+    compare(calls, values, batch)
     return backend
 
 
-def compare(call: ModelCall, found: Values, batch: Batch) -> float:
-    """The largest difference from the model's own fields, as a part of each field's largest value.
+def compare(calls: Sequence[ModelCall], found: Values, batch: Batch) -> float:
+    """The largest difference from the models' own fields, as a part of each field's largest value.
 
     Raises `PlanError` where it is above the tolerance, or where shape or type differ.
     """
     expected = start(batch)
-    call.run(expected)
+    for call in calls:
+        call.run(expected)
     gaps = [0.0]
-    for key in call.gives:
+    for key in (key for call in calls for key in call.gives):
         mine, own = found[key], expected[key]
         if mine.shape != own.shape or mine.dtype != own.dtype:
             raise PlanError(f"{key} would be {mine.dtype} {[*mine.shape]}, expected {own.dtype} {[*own.shape]}")
@@ -135,9 +158,9 @@ def compare(call: ModelCall, found: Values, batch: Batch) -> float:
     return max(gaps)
 
 
-def streams_of(call: ModelCall, values: Values) -> list[Tensor]:
-    """The inputs of a model in the order of its network."""
-    return [values[call.streams[stream]] for stream in call.module.network.streams]
+def streams_of(calls: Sequence[ModelCall], values: Values) -> list[Tensor]:
+    """What calls read, in the order of their graph."""
+    return [values[key] for key in keys_of(calls)]
 
 
 def start(batch: Batch) -> Values:
@@ -160,8 +183,18 @@ def _channels_last(stream: Tensor) -> Tensor:
 
 
 def _compiled(program: ExportedProgram, streams: Sequence[Tensor]) -> Answer:
-    module: Any = torch.compile(fold(program), dynamic=False, options={"freezing": True})
-    return lambda streams: module(*map(_channels_last, streams))
+    from torch._inductor import config
+
+    module: Any = torch.compile(fold(program), dynamic=False)
+
+    def answer(streams: Sequence[Tensor]) -> Sequence[Tensor]:
+        found: Sequence[Tensor] = module(*map(_channels_last, streams))
+        return found
+
+    # As an option of `torch.compile` it comes too late: weights are inputs of the traced code by then.
+    with config.patch(freezing=True):
+        answer(streams)
+    return answer
 
 
 def _onnxruntime(program: ExportedProgram, streams: Sequence[Tensor]) -> Answer:
@@ -175,11 +208,21 @@ def _onnxruntime(program: ExportedProgram, streams: Sequence[Tensor]) -> Answer:
     options.log_severity_level = 3
     model = exported.model_proto.SerializeToString()
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    names = [one.name for one in session.get_inputs()]
+    inputs, outputs = ([one.name for one in ends] for ends in (session.get_inputs(), session.get_outputs()))
+    like = session.run(None, {name: stream.numpy() for name, stream in zip(inputs, streams, strict=True)})
+    binding = session.io_binding()
+
+    def bind(put: Callable[..., None], names: Sequence[str], arrays: Sequence[Any]) -> None:
+        for name, array in zip(names, arrays, strict=True):
+            put(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
 
     def answer(streams: Sequence[Tensor]) -> Sequence[Tensor]:
-        given = {name: stream.numpy() for name, stream in zip(names, streams, strict=True)}
-        return [torch.from_numpy(found) for found in session.run(None, given)]
+        given = [stream.contiguous().numpy() for stream in streams]
+        found = [np.empty_like(one) for one in like]
+        bind(binding.bind_input, inputs, given)
+        bind(binding.bind_output, outputs, found)
+        session.run_with_iobinding(binding)
+        return [torch.from_numpy(one) for one in found]
 
     return answer
 
@@ -188,14 +231,22 @@ def _openvino(program: ExportedProgram, streams: Sequence[Tensor]) -> Answer:
     import openvino
 
     model = openvino.convert_model(program)
-    # A CPU with bf16 units would otherwise compute in bf16.
+    model.reshape({place: [*stream.shape] for place, stream in enumerate(streams)})  # it leaves sizes open otherwise
+    # A CPU with bf16 units would otherwise compute in bf16; and the threads are torch's between calls.
     options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-    compiled = openvino.compile_model(model, "CPU", {**options, "PERFORMANCE_HINT": "LATENCY"})
-    count = len(compiled.outputs)
+    options |= {"PERFORMANCE_HINT": "LATENCY", "ENABLE_CPU_PINNING": False}
+    request = openvino.compile_model(model, "CPU", options).create_infer_request()
+    like = [np.empty(one.shape, one.element_type.to_dtype()) for one in request.model_outputs]
 
     def answer(streams: Sequence[Tensor]) -> Sequence[Tensor]:
-        found = compiled([stream.numpy() for stream in streams], share_inputs=True)
-        return [torch.from_numpy(found[place]) for place in range(count)]
+        given = [stream.contiguous().numpy() for stream in streams]  # kept until the end: a request does not
+        found = [np.empty_like(one) for one in like]
+        for place, array in enumerate(given):
+            request.set_input_tensor(place, openvino.Tensor(array, shared_memory=True))
+        for place, array in enumerate(found):
+            request.set_output_tensor(place, openvino.Tensor(array, shared_memory=True))
+        request.infer()
+        return [torch.from_numpy(one) for one in found]
 
     return answer
 

@@ -1,4 +1,4 @@
-"""A frozen model as one graph: the fields that the plan wants and nothing else, and the same with folded batch norm."""
+"""Frozen models as one graph: the fields that the plan wants and nothing else, and the same with folded batch norm."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from kdx.taps import Tapped
+from kdx.calls import Key, ModelCall
 
 _CONV = torch.ops.aten.conv2d.default
 _NORM = torch.ops.aten._native_batch_norm_legit_no_training.default
@@ -20,31 +20,42 @@ _VIEW, _RESHAPE = torch.ops.aten.view.default, torch.ops.aten.reshape.default
 
 
 class _Fields(nn.Module):
-    def __init__(self, tapped: Tapped) -> None:
+    def __init__(self, calls: Sequence[ModelCall]) -> None:
         super().__init__()
-        self.tapped = tapped
+        self.nets = nn.ModuleList(call.module for call in calls)
+        keys = keys_of(calls)
+        self.places = [{stream: keys.index(key) for stream, key in call.streams.items()} for call in calls]
+        self.wanted = [call.module.wanted for call in calls]
 
     def forward(self, *streams: Tensor) -> tuple[Tensor, ...]:
-        found = self.tapped(dict(zip(self.tapped.network.streams, streams, strict=True)))
-        return tuple(found[name] for name in self.tapped.wanted)
+        fields: list[Tensor] = []
+        for net, places, wanted in zip(self.nets, self.places, self.wanted, strict=True):
+            found = net({stream: streams[place] for stream, place in places.items()})
+            fields += [found[name] for name in wanted]
+        return tuple(fields)
 
 
-def export(tapped: Tapped, streams: Sequence[Tensor]) -> ExportedProgram:
-    """The graph from the streams of a network to its wanted fields, for streams of just these shapes.
+def keys_of(calls: Sequence[ModelCall]) -> tuple[Key, ...]:
+    """What calls read, each once."""
+    return tuple(dict.fromkeys(key for call in calls for key in call.reads))
 
-    What only other fields need is not in it, so a pass that stops early stops there as well. Raises whatever
-    `torch.export` raises for code that it cannot follow.
+
+def export(calls: Sequence[ModelCall], streams: Sequence[Tensor]) -> ExportedProgram:
+    """One graph from what the calls read to all that they give, for streams of just these shapes.
+
+    What only other fields need is not in it, so a pass that stops early stops there as well, each net at its own
+    depth. Raises whatever `torch.export` raises for code that it cannot follow.
     """
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # on the inside of torch.export
-        traced = torch.export.export(_Fields(tapped), tuple(streams), strict=False)
+        traced = torch.export.export(_Fields(calls), tuple(streams), strict=False)
         program: ExportedProgram = traced.run_decompositions({})
     program.graph_module.graph.eliminate_dead_code()
     return program
 
 
 def as_module(program: ExportedProgram) -> fx.GraphModule:
-    """The graph as a module that torch runs. It shares its weights with the model."""
+    """The graph as a module that torch runs. It shares its weights with the models."""
     module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
     return module
@@ -66,12 +77,25 @@ def fold(program: ExportedProgram) -> fx.GraphModule:
             with graph.inserting_before(node):
                 node.args = fx.map_arg(node.args, lambda one: _contiguous(graph, one))
     graph.eliminate_dead_code()
-    graph.lint()
-    module.recompile()
-    for name, weight in {**dict(module.named_parameters()), **dict(module.named_buffers())}.items():
-        if weight.ndim == 4:
-            _put(module, name, weight.detach().to(memory_format=torch.channels_last))
-    return module
+    return _plain(module)
+
+
+def _plain(module: fx.GraphModule) -> fx.GraphModule:
+    """The same with all weights at the top and with nothing between a call and its operations: in small nets, to look
+    weights up along their paths and to look inputs over takes longer than to compute.
+    """
+    weights: dict[str, Tensor] = {}
+    names: dict[str, str] = {}
+    for node in module.graph.nodes:
+        if node.op == "get_attr" and (weight := _stored(module, node)) is not None:
+            name = names.setdefault(str(node.target), f"weight_{len(names)}")
+            layout = torch.channels_last if weight.ndim == 4 else torch.preserve_format
+            weights.setdefault(name, weight.detach().to(memory_format=layout))
+            node.target = name
+    module.graph.set_codegen(fx.graph.CodeGen())
+    plain = fx.GraphModule(weights, module.graph)
+    plain.graph.lint()
+    return plain
 
 
 def _fold(module: fx.GraphModule, norm: fx.Node) -> None:
@@ -107,16 +131,6 @@ def _stored(module: fx.GraphModule, node: Any) -> Tensor | None:
     for part in str(node.target).split("."):
         found = getattr(found, part)
     return found if isinstance(found, Tensor) else None
-
-
-def _put(module: fx.GraphModule, name: str, value: Tensor) -> None:
-    """Put a tensor in the place of a weight, without changing the model that shares it."""
-    path, _, own = name.rpartition(".")
-    holder = module.get_submodule(path)
-    if own in holder._parameters:
-        holder._parameters[own] = nn.Parameter(value, requires_grad=False)
-    else:
-        holder._buffers[own] = value
 
 
 def _contiguous(graph: fx.Graph, node: fx.Node) -> fx.Node:

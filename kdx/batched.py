@@ -83,17 +83,18 @@ def alike(plan: Plan, calls: Sequence[ModelCall]) -> list[tuple[ModelCall, ...]]
     return [tuple(group) for group in groups.values() if len(group) > 1]
 
 
-def check_batching(plan: Plan, free: Sequence[ModelCall]) -> None:
+def check_batching(plan: Plan, free: Sequence[ModelCall], *, graphs: bool) -> None:
     """Raise `PlanError` where `always` is asked for and no two of several teachers can be one call.
 
-    `free` are the calls that have no backend of their own.
+    `free` are the calls that have no backend of their own; `graphs` says whether others are one graph of theirs.
     """
     calls = [call for call in plan.teacher_calls if isinstance(call, ModelCall)]
-    if plan.spec.runtime.teacher_batching == "always" and len(calls) > 1 and not alike(plan, free):
+    asked = plan.spec.runtime.teacher_batching == "always" and len(calls) > 1
+    if asked and not graphs and not alike(plan, free):
         raise PlanError(
             f"runtime.teacher_batching: found 'always', but no two of {', '.join(call.name for call in calls)} can be "
             "one call: they need one architecture and one input, no tap by the path of a module, and no device, "
-            "offload or backend of their own; expected auto or never"
+            "offload or backend of their own; or one backend by name and one input; expected auto or never"
         )
 
 

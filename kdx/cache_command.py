@@ -21,7 +21,7 @@ EPILOG = "Example: kdx cache configs/cached.yaml"
 
 def cache_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `kdx cache`."""
-    parser.add_argument("config", type=Path, help="a config file in which teachers say `cache:`")
+    parser.add_argument("config", type=Path, help="a config file in which teachers or targets say `cache:`")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the config")
     parser.add_argument(
         "--import", dest="file", type=Path, metavar="FILE", help="answers in a .npy or .safetensors file, one row each"
@@ -36,9 +36,10 @@ def cache(options: argparse.Namespace) -> int:
     """Fill the caches of a config; the runs that its teachers are from are trained first where they are missing."""
     from kdx.cache import read_meta
     from kdx.cache_import import import_answers
+    from kdx.cache_search import folders
     from kdx.config import given_text, load
     from kdx.formats import size
-    from kdx.reach import base_of
+    from kdx.reach import base_of, upstream
     from kdx.runs import Options, carry_out, fill_caches, prepare
     from kdx.runtime import Runtime
 
@@ -49,20 +50,25 @@ def cache(options: argparse.Namespace) -> int:
         load(options.config, options.overrides), how, given=given_text(options.config, options.overrides)
     )
     if not prepared.caches:
-        raise ConfigError(f"teachers: none in {options.config} says `cache:`; add it, as in teachers.NAME.cache=true")
+        raise ConfigError(
+            f"teachers: none in {options.config} says `cache:`, nor does a target; add it, as in "
+            "teachers.NAME.cache=true"
+        )
     if options.file is not None:
         one = _chosen(prepared, options.teacher)
         import_answers(one, prepared.splits, options.file, options.index, options.field)
     else:
-        for one in prepared.caches.values():
-            if (need := prepared.needs.get(base_of(one.item))) is not None and one.options.folder is None:
-                with stopper:
-                    carry_out(need, how)
+        filled = [one.item for one in prepared.caches.values() if one.options.folder is None]
+        read = {base_of(item): None for one in filled for item in upstream(prepared.reached, one)}
+        for name in (name for name in read if name in prepared.needs):
+            with stopper:
+                carry_out(prepared.needs[name], how)
         fill_caches(prepared, how, Runtime(prepared.spec.runtime))
     for item, one in prepared.caches.items():
-        meta = read_meta(one.folder)
-        text = "there is none yet" if meta is None else f"{size(meta.size())}, {meta.samples} samples"
-        out.print(f"{item}: {one.folder}: {text}", markup=False, highlight=False, soft_wrap=True)
+        for folder in folders(one, prepared.splits) or [one.folder]:
+            meta = read_meta(folder)
+            text = "there is none yet" if meta is None else f"{size(meta.size())}, {meta.samples} samples"
+            out.print(f"{item}: {folder}: {text}", markup=False, highlight=False, soft_wrap=True)
     return 0
 
 

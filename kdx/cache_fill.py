@@ -1,4 +1,4 @@
-"""Fills the caches of a run from its live teachers, in the order of the training samples, view by view."""
+"""Fills the caches of a run from its teachers and targets, in the order of the training samples, view by view."""
 
 from __future__ import annotations
 
@@ -14,17 +14,23 @@ from rich import progress as bars
 from rich.console import Console
 from torch import Tensor
 
-from kdx.cache import BLOCK, Meta, Writer, fields_of, open_store
-from kdx.cache_key import Wanted, lookup
-from kdx.calls import ModelCall, Values
+from kdx.cache import BLOCK, Meta, Writer, fields_of
+from kdx.cache_key import Wanted
+from kdx.cache_search import note_samples, note_weights
+from kdx.calls import Call, ModelCall, NodeCall, Values, execute
 from kdx.components import Dataset
-from kdx.data import Splits, View, in_order
+from kdx.data import Splits, View
 from kdx.errors import DataError, KdxError, PlanError
 from kdx.formats import size as size_text
+from kdx.guard import NAMED, guarded
+from kdx.loader import in_order
 from kdx.plan import Plan
+from kdx.presence import ALWAYS
+from kdx.presence import held as present_of
 from kdx.randomness import Randomness
-from kdx.recall import Stored
+from kdx.recall import INPUTS, Recall, stored_of
 from kdx.runtime import Runtime
+from kdx.storable import check_samples
 
 SYNC_BYTES = 64 << 20
 """After so many bytes the rows are brought onto the disk."""
@@ -33,8 +39,28 @@ TOLERANCE = 1e-2
 
 
 @dataclass(frozen=True)
+class Job:
+    """A cache to be filled, and the calls that give its answers in their order: the teacher, or the target after all
+    that it reads.
+    """
+
+    wanted: Wanted
+    calls: tuple[Call, ...]
+
+    @property
+    def nodes(self) -> tuple[NodeCall, ...]:
+        return tuple(call for call in self.calls if isinstance(call, NodeCall))
+
+    def answers(self, values: Values) -> dict[str, Tensor]:
+        """Field -> answers for a batch."""
+        return {name: values[f"{self.wanted.item}.{name}"] for name in self.wanted.fields}
+
+
+@dataclass(frozen=True)
 class Source:
-    """What a run's samples and their views are: all that decides what a teacher sees. `batch` is that of training."""
+    """What a run's samples and their views are, and the constants of its targets: all that decides what is stored.
+    `batch` is that of training.
+    """
 
     dataset: Dataset
     splits: Splits
@@ -42,25 +68,7 @@ class Source:
     seed: int
     batch: int
     workers: int
-
-
-def opened(wanted: Mapping[str, Wanted], splits: Splits, *, verify: bool) -> dict[str, Stored]:
-    """Those of the caches that are complete, by teacher and view.
-
-    Raises `DataError` for one that is damaged or of something else, and for one that is named and is not there.
-    """
-    found: dict[str, Stored] = {}
-    for item, one in wanted.items():
-        store = open_store(one.folder, verify=verify)
-        if store is not None:
-            one.check(store.meta, store.folder)
-            found[item] = Stored(store, one.fields, lookup(splits.train.positions, splits.facts.size))
-        elif one.options.folder is not None:
-            raise DataError(
-                f"{one.where}: there is no complete cache in {one.folder}; `cache: true` fills one, or kdx cache "
-                "CONFIG --import FILE brings answers of another program there"
-            )
-    return found
+    knobs: Mapping[str, Tensor]
 
 
 @contextmanager
@@ -91,14 +99,15 @@ def fill(
     *,
     quiet: bool = False,
 ) -> None:
-    """Fill caches from the live teachers of a plan. What an earlier process has finished is kept.
+    """Fill caches from the teachers and targets of a plan. What an earlier process has finished is kept.
 
     Raises `KdxError` where the disk has not the room, and `PlanError` for answers that no cache can hold.
     """
     spec = plan.spec
-    calls = {call.name: call for call in plan.teacher_calls if isinstance(call, ModelCall)}
+    jobs = {one.item: Job(one, _chain(plan, one.item)) for one in wanted}
     batch = spec.train.batch // spec.train.accumulate
-    read = {key.removeprefix("batch.") for one in wanted for key in calls[one.item].reads}
+    read = {key.removeprefix("batch.") for job in jobs.values() for call in job.calls for key in call.reads
+            if key.startswith("batch.")}  # fmt: skip
     source = Source(
         dataset.reading({name for key in read for name in (key, key.partition("@")[0])}),
         splits,
@@ -106,14 +115,17 @@ def fill(
         spec.root.seed,
         batch,
         spec.runtime.workers,
+        {key: torch.tensor(knob, device=runtime.device) for key, knob in plan.knobs.items() if isinstance(knob, float)},
     )
-    metas = {one.item: _meta(one, calls[one.item], source) for one in wanted}
+    metas = {item: _meta(job, plan, source) for item, job in jobs.items()}
     _check_room(wanted, metas, console, quiet)
     with ExitStack() as stack:
         writers: dict[str, Writer] = {}
         for one in wanted:
             writers[one.item] = Writer(one.folder, metas[one.item])
             stack.callback(writers[one.item].close)
+            note_samples(one.folder, splits.train.positions)
+            note_weights(one.folder, one)
         total = sum(len(writer.missing(view)) for writer in writers.values() for view in range(writer.meta.views))
         bar = bars.Progress(
             bars.TextColumn("filling the cache"), bars.BarColumn(), bars.TaskProgressColumn(),
@@ -124,17 +136,35 @@ def fill(
             for block in {writer.meta.block for writer in writers.values()}:  # of an earlier process, they may differ
                 alike = {item: writer for item, writer in writers.items() if writer.meta.block == block}
                 for view in range(max(writer.meta.views for writer in alike.values())):
-                    _fill_view(view, alike, calls, source, lambda: bar.advance(task))
+                    _fill_view(view, alike, jobs, source, lambda: bar.advance(task))
+
+
+def _chain(plan: Plan, item: str, *, whole: bool = False) -> tuple[Call, ...]:
+    """The calls that a teacher or target needs for its answer, itself the last; with `whole` those of which the answers
+    that are stored were made, too.
+    """
+    makers = {key: call for call in plan.teacher_calls for key in call.gives}
+    found = {call.name: call for call in plan.teacher_calls if call.name == item}
+    waiting = [*found.values()]
+    while waiting:
+        call = waiting.pop()
+        needed = [makers[key] for key in call.reads if key in makers and (whole or not stored_of([call]))]
+        waiting += [one for one in needed if one.name not in found]
+        found |= {one.name: one for one in needed}
+    for call in found.values():
+        if isinstance(call, NodeCall):
+            call.module.eval()
+    return tuple(call for call in plan.teacher_calls if call.name in found)
 
 
 def _fill_view(
-    view: int, writers: Mapping[str, Writer], calls: Mapping[str, ModelCall], source: Source, done: Callable[[], None]
+    view: int, writers: Mapping[str, Writer], jobs: Mapping[str, Job], source: Source, done: Callable[[], None]
 ) -> None:
     """One pass over the samples of which a block is missing somewhere. The caches have blocks of one size."""
     needed = {item: writer.missing(view) for item, writer in writers.items() if view < writer.meta.views}
     meta = next(iter(writers.values())).meta
     blocks = sorted({block for missing in needed.values() for block in missing})
-    answers = _answers(view, [meta.places(block) for block in blocks], {item: calls[item] for item in needed}, source)
+    answers = _answers(view, [meta.places(block) for block in blocks], [jobs[item] for item in needed], source)
     unsynced = 0
     for block, found in zip(blocks, answers, strict=True):
         for item, missing in needed.items():
@@ -155,9 +185,9 @@ def _sync(writers: Mapping[str, Writer]) -> None:
 
 @torch.no_grad()
 def _answers(
-    view: int, blocks: Sequence[range], calls: Mapping[str, ModelCall], source: Source
+    view: int, blocks: Sequence[range], jobs: Sequence[Job], source: Source
 ) -> Iterator[dict[str, dict[str, Tensor]]]:
-    """What the calls give for each block of samples, on the CPU: teacher and view -> field -> [rows, ...].
+    """What is to be stored for each block of samples, on the CPU: teacher and view, or target -> field -> [rows, ...].
 
     Each batch has the size that it has in training, the last one of a block filled up, for a net may round differently
     in batches of another size.
@@ -169,12 +199,12 @@ def _answers(
     train = source.splits.train
     batches = in_order(View(train.source, train.positions[torch.tensor(rows)], None), size, source.workers)
     for block in blocks:
-        parts: dict[str, dict[str, list[Tensor]]] = {item: {} for item in calls}
+        parts: dict[str, dict[str, list[Tensor]]] = {job.wanted.item: {} for job in jobs}
         for _ in range(-(-len(block) // size)):
-            values = _run(next(batches), view, calls.values(), source)
-            for item, call in calls.items():
-                for name in call.module.wanted:
-                    parts[item].setdefault(name, []).append(values[f"{item}.{name}"].cpu())
+            values = _run(next(batches), view, jobs, source)
+            for job in jobs:
+                for name, answer in job.answers(values).items():
+                    parts[job.wanted.item].setdefault(name, []).append(answer.cpu())
         yield {item: {name: torch.cat(found)[: len(block)] for name, found in fields.items()}
                for item, fields in parts.items()}  # fmt: skip
 
@@ -184,40 +214,76 @@ def _filled_up(block: range, size: int, samples: int) -> list[int]:
     return [*block, *((block.stop + i) % samples for i in range(-len(block) % size))]
 
 
-def _run(batch: Mapping[str, Tensor], view: int, calls: Iterable[ModelCall], source: Source) -> Values:
+def _run(batch: Mapping[str, Tensor], view: int, jobs: Iterable[Job], source: Source) -> Values:
+    """All values of a batch, once it is sure that those of which targets are made are numbers."""
+    jobs = [*jobs]
+    calls = {call.name: call for job in jobs for call in job.calls}
+    rows = Recall(stored_of(calls.values())).rows(batch["index"], view)
     moved = source.runtime.move(dict(batch))
     seen = source.dataset.on_device(moved, Randomness(source.seed, view, moved["index"]))
-    values: Values = {f"batch.{name}": tensor for name, tensor in seen.items()}
+    values: Values = {f"batch.{name}": tensor for name, tensor in {**seen, **source.runtime.move(rows)}.items()}
+    values |= source.knobs
+    models = [call for call in calls.values() if isinstance(call, ModelCall)]
     with source.runtime.stopwatch.phase("teachers"), source.runtime.autocast():
-        for call in calls:
-            call.run(values)
+        execute(models, values)
+        for job in jobs:
+            if job.nodes:
+                guarded(job.calls, {}, "refuse").inspect(values)  # puts 0 where a sample lacks what a teacher reads
+                execute(job.nodes, values)
+                _check_finite(job, values)
     return values
 
 
+def _check_finite(job: Job, values: Values) -> None:
+    """Raise `DataError` for what a target is made of, or gives in the form in which it is stored, and is no number."""
+    target, options = job.calls[-1], job.wanted.options
+    for call in job.calls:
+        if call is not target and isinstance(call, NodeCall):
+            continue
+        for key in call.gives:
+            value: Tensor = values[key]
+            value = value.to(options.stored_as) if call is target and value.is_floating_point() else value
+            bad = ~value.reshape(len(value), -1).isfinite().all(1)
+            bad = bad if call.presence == ALWAYS else bad & present_of(call.presence, values)
+            if bad.any():
+                named = [str(sample) for sample in sorted(values["batch.index"][bad].tolist())]
+                more = ", ..." if len(named) > NAMED else ""
+                raise DataError(
+                    f"{job.wanted.where}: {key} is nan or inf for {len(named)} samples (batch.index "
+                    f"{', '.join(named[:NAMED])}{more}), which no cache of a target may hold; expected finite numbers: "
+                    "check weights, precision and dtype, or leave the cache out of the target"
+                )
+
+
 @torch.no_grad()
-def _meta(wanted: Wanted, call: ModelCall, source: Source) -> Meta:
+def _meta(job: Job, plan: Plan, source: Source) -> Meta:
     """The form of the rows, from some samples, which also tell whether an answer depends on the batch around it."""
-    train, options = source.splits.train, wanted.options
+    wanted, train, options = job.wanted, source.splits.train, job.wanted.options
     count = min(source.batch, len(train))
     batch = train.fetch([*range(count)])
-    values = _run(batch, 0, [call], source)
-    part = _run({name: value[: max(1, count // 2)] for name, value in batch.items()}, 0, [call], source)
-    answers = {name: values[f"{wanted.item}.{name}"] for name in wanted.fields}
+    values = _run(batch, 0, [job], source)
+    part = job.answers(_run({name: value[: max(1, count // 2)] for name, value in batch.items()}, 0, [job], source))
+    answers, parts = job.answers(values), dict(wanted.parts)
     for name, answer in answers.items():
         if answer.ndim == 0 or len(answer) != count:
             raise PlanError(f"{wanted.where}: {wanted.item}.{name} is not one answer for each sample; leave it out")
-        other = part[f"{wanted.item}.{name}"].double()
+        other = part[name].double()
         gap = (answer[: len(other)].double() - other).abs().max()
         if gap > TOLERANCE * other.abs().max():
             raise PlanError(
                 f"{wanted.where}: {wanted.item}.{name} depends on the batch around a sample (by {gap:.2g}), as "
                 "with statistics of the batch; such an answer cannot be stored"
             )
-    if options.top is not None and answers["logits"].ndim == 2 and options.top >= answers["logits"].shape[1]:
-        classes = answers["logits"].shape[1]
+    if job.nodes:
+        check_samples(wanted.where, job.nodes, values)
+        made_of = _chain(plan, wanted.item, whole=True)[:-1]
+        parts[INPUTS] = {key: list(plan.shapes[key]) for call in made_of for key in call.gives if key in plan.shapes}
+    logits = answers.get("logits")
+    if options.top is not None and logits is not None and logits.ndim == 2 and options.top >= logits.shape[1]:
+        classes = logits.shape[1]
         raise PlanError(f"{wanted.where}.top: found {options.top}, expected fewer than the {classes} classes")
     fields = fields_of(answers, options.stored_as, options.top)
-    return Meta(wanted.parts, fields, wanted.samples, wanted.views, -(-BLOCK // source.batch) * source.batch)
+    return Meta(parts, fields, wanted.samples, wanted.views, -(-BLOCK // source.batch) * source.batch)
 
 
 def _check_room(wanted: Sequence[Wanted], metas: Mapping[str, Meta], console: Console, quiet: bool) -> None:
@@ -241,12 +307,3 @@ def _check_room(wanted: Sequence[Wanted], metas: Mapping[str, Meta], console: Co
 
 def _existing(folder: Path) -> Path:
     return folder if folder.exists() else _existing(folder.parent)
-
-
-def incomplete(wanted: Iterable[Wanted]) -> list[Wanted]:
-    """The caches that lack something and may be filled."""
-    found: list[Wanted] = []
-    for one in wanted:
-        if one.options.folder is None and open_store(one.folder) is None:
-            found.append(one)
-    return found

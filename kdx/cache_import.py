@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kdx.cache import BLOCK, Field, Meta, Writer, open_store
 from kdx.cache_key import Wanted
+from kdx.cache_search import note_samples
 from kdx.data import Splits
 from kdx.errors import DataError
 from kdx.identity import file_digest
@@ -43,6 +44,7 @@ def import_answers(wanted: Wanted, splits: Splits, path: Path, index: Path | Non
         for block in writer.missing(0):
             rows = places[torch.tensor(writer.meta.places(block))]
             writer.write(block, {name: _finite(tensor[rows], rows, name, path) for name, tensor in tensors.items()})
+        note_samples(wanted.folder, splits.train.positions)
         writer.sync()
     finally:
         writer.close()

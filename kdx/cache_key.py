@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -16,7 +16,6 @@ from kdx.cache import Meta
 from kdx.cache_options import CacheOptions, read_cache
 from kdx.components import Dataset
 from kdx.data import Splits
-from kdx.devices import pick_device, pick_precision
 from kdx.errors import ConfigError, DataError, did_you_mean
 from kdx.identity import model_content
 from kdx.options import plain_options
@@ -25,15 +24,22 @@ from kdx.randomness import Randomness
 from kdx.reach import Reach, base_of
 from kdx.spec import ModelSpec, RunSpec
 from kdx.types import Batch
+from kdx.views import Viewed
 
 TRIED = 64
 """How many samples tell whether a stream is the same each time."""
+VIEWS = 2
+"""The place of the number of views in what is said of an augmentation."""
 _DIFFERS = {
     "model": "the model or its options are others",
     "taps": "its taps are others",
     "weights": "the weights are others",
     "plugin": "the plugin of the model is another version",
     "precision": "the teacher computed in another precision",
+    "target": "the target, its options, its knobs or what it reads are others",
+    "plugins": "the plugins of the target, or of what it reads, are of other versions",
+    "teachers": "the teachers that it reads, or their weights, are others",
+    "labels": "the labels are others",
     "data": "the data are others",
     "samples": "the training samples are others",
     "augmentation": "the augmentation, its seed or the number of views is another",
@@ -44,7 +50,8 @@ _DIFFERS = {
 class Wanted:
     """The cache that a teacher on a view (`item`: `wide`, `wide@strong`) asks for; `parts` decide what its rows are.
 
-    `at_hand` says whether there is a net that could fill it.
+    `at_hand` says whether there is a net that could fill it; `runs` are the folders of the runs that its teachers are
+    from.
     """
 
     item: str
@@ -56,33 +63,80 @@ class Wanted:
     views: int
     folders: Path
     at_hand: bool
+    runs: tuple[Path, ...] = ()
+
+    @property
+    def kind(self) -> str:
+        return "target" if self.where.startswith("targets.") else "teacher"
 
     @property
     def folder(self) -> Path:
         """The folder that it has, or will have."""
-        return self.options.folder or self.folders / f"{self.item}-{_digest([self.parts, sorted(self.fields)])}"
+        return self.options.folder or self.folders / f"{self.item}-{digest_of([self.parts, sorted(self.fields)])}"
+
+    @property
+    def teachers(self) -> set[str]:
+        """The teachers whose answers these are, or are made of."""
+        return {base_of(item) for item in self.parts.get("teachers", (self.item,))}
+
+    @property
+    def has_own_weights(self) -> bool:
+        """Whether the answers are of weights that are known, and not of first ones, which follow from the name, too."""
+        return any(self.parts.get("weights", ())[:2])
+
+    def only(self, fields: tuple[str, ...]) -> Wanted:
+        """The same for some of the fields."""
+        parts = dict(self.parts)
+        if "taps" in parts:
+            parts["taps"] = {name: tap for name, tap in parts["taps"].items() if name in fields}
+        return replace(self, parts=parts, fields=fields)
 
     def check(self, meta: Meta, folder: Path) -> None:
-        """Raise `DataError` where a cache is of something else; the message says of what."""
-        for name, expected in self.parts.items():
-            found = meta.parts.get(name)
-            if name == "taps" and isinstance(found, dict):  # it may hold more fields than are wanted
-                found = {tap: found.get(tap) for tap in expected}
-            if name == "form" and self.options.folder is not None:
-                continue
-            if found == expected or (name == "augmentation" and found is None and self.options.one_view):
-                continue
-            advice = "`cache: true` fills a right one" if self.at_hand else "fill it anew for this data"
-            raise DataError(
-                f"{self.where}: {folder} is not of this teacher on this data: {_DIFFERS.get(name, name)} "
-                f"(found {_short(found)}, expected {_short(expected)}); {advice}"
-            )
-        if meta.samples != self.samples:
-            raise DataError(f"{self.where}: {folder} has {meta.samples} samples, expected {self.samples}")
+        """Raise `DataError` where a cache is of something else, or holds less; the message says of what.
+
+        Which samples it is of is not looked at.
+        """
+        if (name := self.difference(meta)) is not None:
+            self.refuse(name, meta, folder)
         for name in self.fields:
             if name not in meta.fields:
                 near = did_you_mean(name, meta.fields, what="it holds")
-                raise DataError(f"{self.where}: {folder} holds no {name!r} of the teacher; {near}")
+                raise DataError(f"{self.where}: {folder} holds no {name!r} of the {self.kind}; {near}")
+
+    def difference(self, meta: Meta) -> str | None:
+        """The first of the parts in which a cache is of something else, but for its samples; None where all agree.
+
+        It may hold more fields than are wanted, or less, and more views.
+        """
+        for name, expected in self.parts.items():
+            found = meta.parts.get(name)
+            if found == expected or name == "samples" or (name == "form" and self.options.folder is not None):
+                continue
+            if name == "augmentation" and self._serves(meta, found, expected):
+                continue
+            held = [field for field in self.fields if field in meta.fields]
+            if name == "taps" and isinstance(found, dict) and all(found.get(f) == expected.get(f) for f in held):
+                continue
+            return name
+        return None
+
+    def refuse(self, name: str, meta: Meta, folder: Path) -> NoReturn:
+        """Raise `DataError`: a cache is of something else in this part."""
+        advice = "`cache: true` fills a right one" if self.at_hand else "fill it anew for this data"
+        raise DataError(
+            f"{self.where}: {folder} is not of this {self.kind} on this data: {_DIFFERS.get(name, name)} "
+            f"(found {_short(meta.parts.get(name))}, expected {_short(self.parts[name])}); {advice}"
+        )
+
+    def _serves(self, meta: Meta, found: Any, expected: Any) -> bool:
+        """Whether another augmentation will do: one of more views, or none where that is insisted on."""
+        if found is None:
+            return self.options.one_view and self.options.folder is not None
+        if not (isinstance(found, list) and isinstance(expected, list) and len(found) == len(expected) == 4):
+            return False
+        counted = found[VIEWS], expected[VIEWS]
+        same = [*found[:VIEWS], *found[VIEWS + 1 :]] == [*expected[:VIEWS], *expected[VIEWS + 1 :]]
+        return same and None not in counted and meta.views >= self.views
 
 
 def caches(
@@ -115,13 +169,13 @@ def _wanted(
     where, at_hand = f"{model.where}.cache", model.at_hand
     view = item.removeprefix(model.name)
     streams = [f"{stream}{view}" for stream in streams_of(model, splits.facts)]
-    varies = _check_repeatable(where, options, streams, spec, dataset, splits)
+    varies = check_repeatable(where, options, streams, spec, dataset, splits)
     source = {key: value for key, value in plain_options(dataset.config).items()
               if key not in (*dataset.places, *spec.data.entry.component.view_options)}  # fmt: skip
     parts: dict[str, Any] = {
         "data": [spec.data.entry.component.name, dataset.fingerprint(), json.dumps(source, default=str)],
-        "samples": _digest(splits.train.positions.tolist()),
-        "augmentation": [_augmentation(spec, view), streams, spec.view_count, spec.root.seed] if varies else None,
+        "samples": digest_of(splits.train.positions.tolist()),
+        "augmentation": [augmentation_of(dataset, view), streams, spec.view_count, spec.root.seed] if varies else None,
     }
     if at_hand:
         content = model_content(model, fields, needs.get(model.name))
@@ -131,7 +185,7 @@ def _wanted(
             "model": [content, list(splits.facts.classes)],
             "weights": weights if any(weights) else [*weights, spec.root.seed],  # first weights follow from the seed
             "plugin": model.entry.plugin.digest,
-            "precision": _precision(spec, model),
+            "precision": precision_of(spec, model),
             "form": [options.dtype, options.top],
         }
     if options.top is not None and "logits" not in fields:
@@ -142,16 +196,17 @@ def _wanted(
     return Wanted(item, where, options, parts, fields, len(splits.train), views, folders, at_hand)
 
 
-def _check_repeatable(
+def check_repeatable(
     where: str, options: CacheOptions, streams: list[str], spec: RunSpec, dataset: Dataset, splits: Splits
 ) -> bool:
     """Whether the streams vary at random. Raises `ConfigError` where they are not the same for a view and a sample."""
     first, again, parts = _tried(dataset, splits, spec.root.seed)
     named = ", ".join(streams)
-    if not all(_alike(first[stream], parts[stream]) for stream in streams):
+    if any(dataset.mixes(one) or not _alike(first[one], parts[one]) for one in streams):
         raise ConfigError(
             f"{where}: what the teacher sees in {named} is mixed from several samples of a batch, so no stored answer "
-            "fits it; leave the cache out, or let the teacher read a view without mixing"
+            "fits it; leave the cache out, let the teacher read a view without mixing, or, where the method is defined "
+            "so, mix its answers for both samples with the target `mixed_answers`"
         )
     varies = any(dataset.varies(stream) or not _alike(first[stream], again[stream]) for stream in streams)
     if varies and spec.view_count is None and not (options.folder is not None and options.one_view):
@@ -186,19 +241,18 @@ def _alike(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and torch.allclose(one.double(), other.double(), rtol=1e-4, atol=1e-4)
 
 
-def _augmentation(spec: RunSpec, view: str) -> str:
-    """The options by which a view varies, in their order, in which augmentations act."""
-    part = spec.views[view.removeprefix("@")] if view else spec.data
-    able = part.entry.component.view_options
-    return json.dumps({key: value for key, value in plain_options(part.options).items() if key in able}, default=str)
+def augmentation_of(dataset: Dataset, view: str) -> str:
+    """The options by which a view varies, in their order, in which augmentations act.
+
+    They are those of the data themselves, which may have been handed over in Python.
+    """
+    seen = dataset.of(view.removeprefix("@")) if isinstance(dataset, Viewed) else dataset
+    able = seen.view_options
+    return json.dumps({key: value for key, value in plain_options(seen.config).items() if key in able}, default=str)
 
 
-def _precision(spec: RunSpec, model: ModelSpec) -> str:
-    name = model.engine.precision or spec.runtime.precision
-    if name != "auto":
-        return name
-    device = model.engine.device or spec.runtime.device
-    return pick_precision(name, pick_device(device if torch.accelerator.is_available() else "cpu"))
+def precision_of(spec: RunSpec, model: ModelSpec) -> str:
+    return model.engine.precision or spec.runtime.precision
 
 
 def lookup(positions: Tensor, size: int) -> Tensor | None:
@@ -210,7 +264,7 @@ def lookup(positions: Tensor, size: int) -> Tensor | None:
     return rows
 
 
-def _digest(value: Any) -> str:
+def digest_of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 

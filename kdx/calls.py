@@ -134,6 +134,11 @@ class NodeCall:
         """All borrowed parts, one after another."""
         return tuple(one for part in self.parts.values() for one in (part if isinstance(part, list) else [part]))
 
+    def knobs(self) -> dict[str, Key]:
+        """The keys of its knobs, and of the weight of a loss."""
+        own = {name: self.arguments[name] for name in self.module.knobs} | {"weight": self.weight or None}
+        return {name: key for name, key in own.items() if isinstance(key, str)}
+
     def inputs(self, values: Values) -> dict[str, Any]:
         """The arguments of `forward`."""
         arguments: dict[str, Any] = dict(self.parts)
@@ -158,7 +163,7 @@ class NodeCall:
         arguments = self.inputs(values)
         try:
             if self.kind == "losses":
-                arguments = {name: _full_precision(value) for name, value in arguments.items()}
+                arguments = {name: full_precision(value) for name, value in arguments.items()}
             if self.presence != ALWAYS and isinstance(self.module, Loss):
                 present = held(self.presence, values)
                 result: Any = over_present(self.module, arguments, present, by_mask=self.by_mask)
@@ -216,14 +221,22 @@ def execute(calls: Sequence[Call], values: Values) -> None:
             call.check(values)
 
 
-def weighted(calls: Iterable[NodeCall], values: Values, units: Container[Key] = ()) -> dict[str, Tensor]:
-    """Each loss -> its term times its weight, averaged over the batch; 0-d. Weights in `units` are 1 for good."""
+def weighted(
+    calls: Iterable[NodeCall], values: Values, units: Container[Key] = ()
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Each loss -> its term averaged over the batch, and the same times its weight, 0-d.
+
+    Weights in `units` are 1 for good.
+    """
+    means: dict[str, Tensor] = {}
     parts: dict[str, Tensor] = {}
     for call in calls:
-        term: Tensor = values[call.gives[0]]
-        part = term if call.weight in units else values[call.weight] * term
-        parts[call.name.removeprefix("losses.")] = part.mean() if part.ndim else part
-    return parts
+        name, term = call.name.removeprefix("losses."), values[call.gives[0]]
+        means[name] = parts[name] = term.mean() if term.ndim else term
+        if call.weight not in units:
+            weight: Tensor = values[call.weight]
+            parts[name] = (weight * term).mean() if weight.ndim else weight * means[name]
+    return means, parts
 
 
 def _keys(arguments: Iterable[Key | tuple[Key, ...] | None]) -> Iterable[Key]:
@@ -234,9 +247,10 @@ def _keys(arguments: Iterable[Key | tuple[Key, ...] | None]) -> Iterable[Key]:
             yield key
 
 
-def _full_precision(value: Any) -> Any:
+def full_precision(value: Any) -> Any:
+    """A tensor or those of a list, in float32 where they have half of that."""
     if isinstance(value, list):
-        return [_full_precision(item) for item in value]
+        return [full_precision(item) for item in value]
     if isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16):
         return value.float()
     return value

@@ -16,6 +16,7 @@ from kdx.cache_command import EPILOG as CACHE_EPILOG
 from kdx.cache_command import HELP as CACHE_HELP
 from kdx.cache_command import cache, cache_arguments
 from kdx.errors import KdxError
+from kdx.garbage import seldom_sought
 from kdx.stopping import Stopper
 from kdx.tune_command import EPILOG, HELP, tune, tune_arguments
 
@@ -34,7 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     errors = Console(stderr=True)
     try:
         _check_processes(options)
-        code: int = options.command(options)
+        with seldom_sought():
+            code: int = options.command(options)
         return code
     except KdxError as error:
         from kdx.runs import Stopped

@@ -186,6 +186,8 @@ class Node(Component, nn.Module):
         does so, and whether it remembers nothing. Each of several processes then works it out for its own samples. By
         default a node sees the samples of all processes, and needs to know nothing of them. A class says it for itself,
         not for those that derive from it.
+    whole_batch: whether it needs all samples of a batch at once, as one that looks for the partners of mixtures does.
+        It is refused where `train.accumulate` or `train.micro_batch` splits the batch.
 
     Parameters are trained with the student; buffers and the generator are saved, so state survives a resume.
     """
@@ -198,6 +200,7 @@ class Node(Component, nn.Module):
     same_shape: ClassVar[tuple[tuple[str, ...], ...]] = ()
     confidence: ClassVar[str] = ""
     separable: ClassVar[bool] = False
+    whole_batch: ClassVar[bool] = False
     gaps: ClassVar[str] = ""
 
     def __init__(self, config: Any, given: Given) -> None:
@@ -239,6 +242,15 @@ class Loss(Node):
     """
 
     answers: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def is_soft_divergence(self) -> bool:
+        """Whether the term is `kdx.soft_divergence` of the inputs `student` and `teacher` and the knob `temperature`.
+
+        It may then be worked out together with the cross-entropy of the same logits. A class says it for itself, not
+        for those that derive from it.
+        """
+        return False
 
     def answer(self, **tensors: Any) -> Tensor:
         """The logits of the deployed student; called only where `answers` names inputs."""
@@ -314,6 +326,10 @@ class Dataset(Component, ABC):
     def varies(self, stream: str) -> bool:
         """Whether `on_device` may change this stream at random; by default, whether any of `view_options` is set."""
         return any(bool(getattr(self.config, option, None)) for option in self.view_options)
+
+    def mixes(self, stream: str) -> bool:
+        """Whether `on_device` may mix this stream of several samples of a batch, as `mixup` does; by default not."""
+        return False
 
     def view(self, config: Any) -> Dataset:
         """The same data with other values of `view_options`, for another view of its samples."""

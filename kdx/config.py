@@ -18,11 +18,13 @@ Mapped = dict[str, Any]
 _PATHS = ("checkpoint", "folder", "path")
 """The options of a model section that name files or folders."""
 AUTO_RUNTIME = {
-    "precision": "measured",
+    "device": "auto",
+    "precision": "auto",
     "channels_last": "auto",
     "compile": "auto",
     "workers": "auto",
     "backend": "auto",
+    "teacher_batching": "auto",
 }
 """What `runtime: auto` stands for."""
 MOST_VALUES, DEEPEST = 100_000, 100

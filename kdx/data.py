@@ -1,18 +1,13 @@
-"""From a data set to batches: which samples a run sees, with which labels, and in which order."""
+"""From a data set to splits: which samples a run sees, and with which labels."""
 
 from __future__ import annotations
 
-import sys
-import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
-from torch.utils.data import Dataset as TorchDataset
 
 from kdx.class_choice import choose_classes, chosen_names
 from kdx.components import Dataset, Split
@@ -21,8 +16,6 @@ from kdx.randomness import seeded
 from kdx.types import Batch, DataFacts
 
 UNLABELLED = ("keep", "drop")
-Own = Callable[[list[int]], list[int]]
-"""Which samples of a batch are for this process."""
 
 
 @dataclass
@@ -64,13 +57,26 @@ class View(Split):
 
     def fetch(self, indices: Sequence[int]) -> Batch:
         chosen = torch.as_tensor(indices, dtype=torch.int64)
-        positions, source = self.positions.index_select(0, chosen), self.source
+        labels = None if self.labels is None else self.labels.index_select(0, chosen)
+        return self._at(self.positions.index_select(0, chosen), labels)
+
+    def read(self, plan: Sequence[Tensor]) -> Iterator[Batch]:
+        """As `fetch` for one batch after another (each int64 [B]), with one look for the labels of all of them."""
+        if not plan:
+            return
+        order, sizes = torch.cat([*plan]), [len(indices) for indices in plan]
+        labels = None if self.labels is None else torch.split(self.labels.index_select(0, order), sizes)
+        for place, positions in enumerate(torch.split(self.positions.index_select(0, order), sizes)):
+            yield self._at(positions, None if labels is None else labels[place])
+
+    def _at(self, positions: Tensor, labels: Tensor | None) -> Batch:
+        source = self.source
         if isinstance(source, TensorSplit):
-            batch = source.take(positions, but=() if self.labels is None else ("label",))
+            batch = source.take(positions, but=() if labels is None else ("label",))
         else:
             batch = dict(source.fetch(positions.tolist()))
-        if self.labels is not None:
-            batch["label"] = self.labels.index_select(0, chosen)
+        if labels is not None:
+            batch["label"] = labels
         batch["index"] = positions
         return batch
 
@@ -119,6 +125,7 @@ def make_splits(dataset: Dataset, options: SplitOptions) -> Splits:
             classes=facts.classes if chosen is None else chosen_names(chosen, facts.classes),
             size=len(source),
             labels=() if visible is None else tuple(visible.tolist()),
+            labelled=visible is not None and bool((visible[train] >= 0).all()),
         ),
     )
 
@@ -297,96 +304,3 @@ class SampleSplit(Split):
             raise
         except Exception as error:  # decoders raise whatever they like: OSError, SyntaxError, struct.error, ...
             raise DataError(f"{self.where(i)}: cannot be read: {type(error).__name__}: {error}") from error
-
-
-class Loader:
-    """The training batches of a view, each epoch in an order that depends on `seed` and the epoch's number alone.
-
-    The last samples of an order that do not fill a batch are left out, so an epoch has `steps_per_epoch` batches;
-    a view that is smaller than one batch is one short batch. The batches are the same for any number of `workers`.
-    """
-
-    def __init__(self, view: Split, batch: int, seed: int, workers: int = 0, own: Own | None = None) -> None:
-        self.steps_per_epoch = max(1, len(view) // batch)
-        self.size = min(batch, len(view))
-        self._samples = len(view)
-        self._batch = batch
-        self._seed = seed
-        self._own = own
-        self._reader = _Reader(view, workers)
-
-    def epoch(self, number: int, start: int = 0, *, whole: bool = False) -> Iterator[Batch]:
-        """The batches of epoch `number` (from 1) without the first `start`, which are not read either; of each batch
-        what is this process's `own`, or the `whole`.
-
-        With workers, an epoch ends where a later call begins to read: they share the worker processes.
-        """
-        order = torch.randperm(self._samples, generator=seeded("order", self._seed, number)).tolist()
-        own = None if whole else self._own
-        return self._reader.read(_batches(order, self._batch, own)[start : self.steps_per_epoch])
-
-
-def in_order(view: Split, batch: int, workers: int = 0, own: Own | None = None) -> Iterator[Batch]:
-    """All samples of a view in their order, for evaluation, or what of each batch is `own`; the last may be short."""
-    return _Reader(view, workers).read(_batches(list(range(len(view))), batch, own))
-
-
-def _batches(order: list[int], batch: int, own: Own | None) -> list[list[int]]:
-    batches = [order[first : first + batch] for first in range(0, len(order), batch)]
-    return batches if own is None else [own(indices) for indices in batches]
-
-
-class _Reader:
-    """Fetches planned batches, in this process or in worker processes that live as long as the reader."""
-
-    def __init__(self, split: Split, workers: int) -> None:
-        self._split = split
-        self._plan: list[list[int]] = []
-        self._turn = 0
-        self._loader: DataLoader[Any] | None = None
-        if workers:
-            self._loader = DataLoader(
-                _Fetch(split),
-                batch_sampler=self._plan,
-                num_workers=workers,
-                collate_fn=_as_it_is,
-                persistent_workers=True,
-                # A split may be of a class from a plugin file, which a fresh interpreter could not import.
-                multiprocessing_context="fork" if sys.platform == "linux" else None,
-                generator=torch.Generator(),  # or the loader would draw from torch's global one
-            )
-
-    def read(self, plan: list[list[int]]) -> Iterator[Batch]:
-        if self._loader is None:
-            for indices in plan:
-                yield self._split.fetch(indices)
-            return
-        self._turn += 1
-        turn = self._turn
-        self._plan[:] = plan
-        with warnings.catch_warnings():  # Python 3.12 warns of any fork beside threads; workers touch no lock of ours
-            warnings.filterwarnings("ignore", message=".*fork", category=DeprecationWarning)
-            batches = iter(self._loader)
-        for batch in batches:
-            if isinstance(batch, KdxError):
-                raise batch
-            yield batch
-            if turn != self._turn:
-                raise RuntimeError("this epoch was cut off: a later one has begun to use the same workers")
-
-
-class _Fetch(TorchDataset[Any]):
-    """Hands errors that a person reads back as values: torch would wrap them into a worker's traceback."""
-
-    def __init__(self, split: Split) -> None:
-        self._split = split
-
-    def __getitems__(self, indices: list[int]) -> Batch | KdxError:
-        try:
-            return self._split.fetch(indices)
-        except KdxError as error:
-            return error
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,12 @@ from kdx.errors import ConfigError
 from kdx.identity import network_digest
 from kdx.loop import length
 from kdx.reach import base_of
+from kdx.sections import ModelOptions
 from kdx.spec import NodeSpec, RunSpec
 from kdx.student import STUDENT
+
+_KEPT = {item.name for item in fields(ModelOptions)} - {"run", "checkpoint"}
+"""What a section may say of a module that was handed in; its weights are its own."""
 
 
 def expand_runs(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -127,7 +132,7 @@ def with_networks(config: Mapping[str, Any], networks: Mapping[str, nn.Module]) 
     teachers = dict(config.get("teachers") or {})
     for name, net in networks.items():
         section = config.get("student") if name == "student" else teachers.get(name)
-        kept = {key: value for key, value in (section or {}).items() if key in ("input", "taps", "trainable", "cache")}
+        kept = {key: value for key, value in (section or {}).items() if key in _KEPT}
         section = {"use": "module", "digest": network_digest(net), **kept}
         if name == "student":
             config["student"] = section

@@ -9,33 +9,39 @@ from kdx.errors import ConfigError
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def pick_device(name: str, where: str = "runtime.device") -> torch.device:
-    """The device that a config names; `auto` is a GPU where there is one. Raises `ConfigError` for an absent one."""
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    if name == "auto":
-        return torch.device("cuda" if cuda else "mps" if mps else "cpu")
+def present_devices() -> tuple[str, ...]:
+    """The kinds of device that are here, those that are faster as a rule first."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    return tuple(name for name, is_there in there.items() if is_there)
+
+
+def pick_device(name: str | None, where: str = "runtime.device") -> torch.device:
+    """The device that a config names; None is the first kind that is here. Raises `ConfigError` for an absent one."""
+    here = present_devices()
+    if name is None:
+        return torch.device(here[0])
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ConfigError(f"{where}: found {name!r}, expected auto, cpu, cuda, cuda:0 or mps") from error
-    absent = (device.type == "cuda" and not cuda) or (device.type == "mps" and not mps)
-    if absent or device.type not in ("cpu", "cuda", "mps"):
-        raise ConfigError(f"{where}: found {name!r}, but this machine has no such device; auto takes what is there")
+        choices = ("auto, " if where == "runtime.device" else "") + "cpu, cuda, cuda:0 or mps"
+        raise ConfigError(f"{where}: found {name!r}, expected {choices}") from error
+    if device.type not in here:
+        raise ConfigError(f"{where}: found {name!r}, but this machine has no such device, only {', '.join(here)}")
     if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
         raise ConfigError(f"{where}: found {name!r}, but there are {torch.cuda.device_count()} GPUs")
     return device
 
 
-def pick_precision(name: str, device: torch.device, where: str = "runtime.precision") -> str:
-    """The precision of forward passes: `auto` is bf16 (else fp16) on a GPU and fp32 elsewhere.
+def low_precision(device: torch.device) -> str | None:
+    """The lower precision that is worth a try on a device; None where there is none."""
+    if device.type == "mps":
+        return None
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return "fp16"
+    return "bf16"
 
-    So is `measured` where nothing has been measured yet. A CPU without bf16 units is more than ten times slower in
-    bf16, so `auto` never takes it there.
-    """
-    if name in ("auto", "measured"):
-        if device.type != "cuda":
-            return "fp32"
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+def check_precision(name: str, device: torch.device, where: str = "runtime.precision") -> None:
+    """Raise `ConfigError` for a precision that a device does not compute in."""
     if name == "fp16" and device.type == "cpu":
         raise ConfigError(f"{where}: fp16 needs a GPU; a CPU computes in fp32 or bf16")
-    return name

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kdx.calls import Call, Key, NodeCall, Values
 from kdx.errors import KdxError
 from kdx.guard import EVERY, NAMED
-from kdx.nonfinite import Fault, finite_names
+from kdx.nonfinite import Fault, all_finite, finite_names
 from kdx.plan import Plan
 from kdx.probe import without_trace
 from kdx.reach import base_of
@@ -46,8 +46,10 @@ def check_numbers(session: Session, *, weights: bool = False) -> None:
             f"{describe(session, faults[0])}"
         )
     if weights:
-        bad = sorted(session.sound - finite_names(whole(session.learner.state_dict())))
-        if bad:
+        state = whole(session.learner.state_dict())
+        sound = {name: value for name, value in state.items() if name in session.sound}
+        if not all_finite(sound.values()):
+            bad = sorted(session.sound - finite_names(state))
             raise KdxError(
                 f"after update {session.step} {len(bad)} weights and statistics are nan or inf, as {bad[0]}, though "
                 f"losses and gradients were finite; expected finite numbers: lower train.lr. {_KEPT}"
@@ -137,7 +139,7 @@ def _numbers(session: Session, batch: Batch, knobs: Mapping[Key, Tensor]) -> Ite
     values: Values = {f"batch.{name}": value for name, value in batch.items()} | dict(knobs)
     given = session.teachers.answers(batch, knobs)
     for call in session.plan.teacher_calls:
-        yield from ((_named(call, key), given[key]) for key in call.gives)
+        yield from ((_named(call, key), given[key]) for key in call.gives if key in given)
     values |= given
     with torch.no_grad():
         for call in session.plan.learner_calls:

@@ -104,7 +104,7 @@ class Processes(Group):
     def over_all(self, losses: Losses) -> Losses:
         names = {
             **{f"part {name}": value for name, value in losses.parts.items()},
-            **{f"term {name}": value.mean() for name, value in losses.terms.items()},
+            **{f"term {name}": value for name, value in losses.means.items()},
             **{f"knob {name}": value.float().mean() for name, value in losses.knobs.items()},
         }
         total, *rest = self._means([losses.total, *names.values()])
@@ -113,7 +113,8 @@ class Processes(Group):
             losses,
             total=total,
             parts={name: found[f"part {name}"] for name in losses.parts},
-            terms={name: found[f"term {name}"] for name in losses.terms},
+            terms=(means := {name: found[f"term {name}"] for name in losses.means}),
+            means=means,
             knobs={name: found[f"knob {name}"] for name in losses.knobs},
         )
 

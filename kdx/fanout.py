@@ -24,9 +24,9 @@ from kdx.options import plain_options
 from kdx.plan import Plan
 from kdx.ranges import AUTO, EAGER
 from kdx.reach import base_of
-from kdx.recall import RecallCall
+from kdx.recall import IdleCall
 from kdx.result import Result
-from kdx.runs import Options, Prepared, Stopped, check_run, family, finished, steps_of, to_its_end
+from kdx.runs import Options, Prepared, Stopped, carry_out, check_run, family, finished, steps_of, to_its_end
 from kdx.taps import Tapped, read_taps
 from kdx.types import Batch
 
@@ -59,7 +59,7 @@ class Shared(Feed):
         self._feed.recall.add(own.recall.stored)
         self._feed.read_also(own.streams)
         calls = [call for call in session.plan.teacher_calls
-                 if isinstance(call, ModelCall) and not isinstance(call, RecallCall)]  # fmt: skip
+                 if isinstance(call, ModelCall) and not isinstance(call, IdleCall)]  # fmt: skip
         if session.spec.runtime.teacher_batching == "always":
             calls = []  # they are one call, which is the session's own
         calls = [call for call in calls if backend_of(session.plan, call) in (EAGER, AUTO)]  # others are its own, too
@@ -157,7 +157,8 @@ def groups(runs: Sequence[Prepared]) -> list[list[int]]:
         views = {name: plain_options(spec.views[name].options) for name in run.reached.views}
         batches = [spec.view_count, spec.train.batch, spec.train.accumulate, spec.train.calibration, spec.root.seed]
         alone = place if spec.train.micro_batch == AUTO else None  # what fits is found out without others
-        key = json.dumps([alone, data, views, batches, asdict(spec.runtime), run.dataset.fingerprint()], default=str)
+        computed = [asdict(spec.runtime), spec.measured]
+        key = json.dumps([alone, data, views, batches, computed, run.dataset.fingerprint()], default=str)
         found.setdefault(key, []).append(place)
     return list(found.values())
 
@@ -165,11 +166,15 @@ def groups(runs: Sequence[Prepared]) -> list[list[int]]:
 def side_by_side(runs: Sequence[Prepared], options: Options, ended: ENDS) -> None:
     """Train runs of one of the `groups`, as many at once as fit into memory.
 
-    First come the runs that they need and their plain students, one after another. A run that fails is told of and
-    does not stop the others. Raises `Stopped` when the runs were asked to stop; their state is saved.
+    First come the runs that they need and their plain students, one after another. Of several that are one and the
+    same run, the first is trained and the others take what it left. A run that fails is told of and does not stop the
+    others. Raises `Stopped` when the runs were asked to stop; their state is saved.
     """
     ready: list[tuple[int, float]] = []
+    firsts = {run.folder: place for place, run in reversed([*enumerate(runs)])}
     for place, run in enumerate(runs):
+        if firsts[run.folder] != place:
+            continue
         try:
             *needed, (own, how) = family(run, options)
             for one, way in needed:
@@ -183,6 +188,14 @@ def side_by_side(runs: Sequence[Prepared], options: Options, ended: ENDS) -> Non
             ended(place, error)
     for chunk in _that_fit(ready, pick_device(runs[0].spec.runtime.device)):
         _together(chunk, runs, options, ended)
+    for place, run in enumerate(runs):
+        if firsts[run.folder] != place:
+            try:
+                ended(place, carry_out(run, options))
+            except Stopped:
+                raise
+            except Exception as error:
+                ended(place, error)
 
 
 def _together(places: Sequence[int], runs: Sequence[Prepared], options: Options, ended: ENDS) -> None:

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator
 
 from kdx.calls import ModelCall
 from kdx.components import Dataset
-from kdx.data import Loader
+from kdx.loader import Loader
 from kdx.plan import Plan
 from kdx.randomness import Randomness
-from kdx.recall import Recall, RecallCall, Stored
+from kdx.recall import Recall, RecallCall, RecallTarget, Stored
 from kdx.runtime import Runtime
 from kdx.types import Batch
 
@@ -75,9 +75,12 @@ class Feed:
 def streams_read(plan: Plan, *, training: bool = False) -> frozenset[str]:
     """The streams of the batch that a run reads: its models on whatever view, its nodes and its metrics.
 
-    In `training` a teacher that is stored reads none.
+    In `training` a teacher or target that is stored reads none, nor does what it alone reads.
     """
-    calls = [call for call in plan.calls if not (training and isinstance(call, RecallCall))]
+    calls = [
+        call for call in plan.calls
+        if not (training and (isinstance(call, (RecallCall, RecallTarget)) or call.name in plan.idle))
+    ]  # fmt: skip
     keys = [key for call in calls for key in call.reads]
     keys += [key for part in plan.spec.metrics for key in part.entry.component.inputs.values()]
     plain = {stream for call in calls if isinstance(call, ModelCall) for stream in call.streams}

@@ -13,6 +13,7 @@ from kdx.comparable import Basis, basis, facts_of, marks
 from kdx.config import read_yaml
 from kdx.errors import CheckpointError, ConfigError
 from kdx.files import write_text
+from kdx.report import environment_of
 from kdx.result import Result, read_result
 from kdx.study import Outcome, Study, Trial, read_outcomes
 
@@ -127,6 +128,8 @@ def _basis(folder: Path, result: Result) -> Basis:
     # The hash alone: studies of other names have the same plain student in another folder.
     plain = None if result.plain is None or result.plain.folder is None else result.plain.folder.rpartition("-")[2]
     config = read_yaml(folder / "config.yaml")
+    if (precision := environment_of(folder).get("precision")) is not None:  # what `auto` has come to
+        config["runtime"] = {**(config.get("runtime") or {}), "precision": precision}
     return basis(facts_of(result), config, seed=result.seed, teachers=[*result.teachers], plain=plain)
 
 

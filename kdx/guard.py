@@ -5,8 +5,9 @@ Flags stay on the device; they are read every `EVERY` updates, and always before
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,15 +24,17 @@ EVERY = 50
 """After so many updates the flags are read."""
 NAMED = 8
 """How many samples a message names."""
+_WIDE = (torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
 class Marks:
-    """Which answers for a batch are bad, teachers by samples: where `bad` [T, B] is not 0 they must be refused, where
-    `dropped` [T, B] is true they were made good by those of other teachers. None where there is no such group.
+    """Which answers for a batch are bad, teacher by teacher: where the trace [B] of one of its fields is not finite the
+    answer must be refused, where `dropped` [T, B] is true it was made good by those of other teachers. None where there
+    is no such group.
     """
 
-    bad: Tensor
+    traces: Sequence[Sequence[Tensor]]
     dropped: Tensor | None = None
 
 
@@ -46,18 +49,27 @@ class Guarded:
     def names(self) -> tuple[str, ...]:
         return tuple(call.name for call in self.calls)
 
+    @cached_property
+    def _gappy(self) -> tuple[ModelCall, ...]:
+        return tuple(call for call in self.calls if call.presence != ALWAYS)
+
+    def without(self, names: Container[str]) -> Guarded:
+        """The others, and what of them may stand in for each other."""
+        calls = tuple(call for call in self.calls if call.name not in names)
+        groups = [tuple(key for key in keys if key.rpartition(".")[0] not in names) for keys in self.groups]
+        return Guarded(calls, tuple(keys for keys in groups if len(keys) > 1))
+
     def inspect(self, values: Values) -> Marks:
         """Mark answers that are not finite. In a group, such logits are replaced by the mean of the other teachers'
         logits for that sample, which leaves the teacher out of a mean; where all of them are bad, none is.
 
         Before, what a teacher gives for a sample that lacks what it reads is replaced by 0: neither bad nor good.
         """
-        present = {call.name: held(call.presence, values) for call in self.calls if call.presence != ALWAYS}
-        for call in self.calls:
-            if call.name in present:
-                values.update({key: blank(values[key], present[call.name]) for key in call.gives})
+        present = {call.name: held(call.presence, values) for call in self._gappy}
+        for call in self._gappy:
+            values.update({key: blank(values[key], present[call.name]) for key in call.gives})
         if not self.groups:
-            return Marks(torch.stack([_trace([values[key] for key in call.gives]) for call in self.calls]))
+            return Marks([[_trace(values[key]) for key in call.gives] for call in self.calls])
         bad = {call.name: _not_finite([values[key] for key in call.gives]) for call in self.calls}
         dropped = {name: torch.zeros_like(found) for name, found in bad.items()}
         for keys in self.groups:
@@ -76,7 +88,8 @@ class Guarded:
                 dropped[name] = ~own & (count > 0)
                 rest = [values[other] for other in self._gives(name) if other != key]
                 bad[name] = (~own & (count == 0)) | (_not_finite(rest) if rest else False)
-        return Marks(torch.stack([*bad.values()]), torch.stack([*dropped.values()]))
+        traces = [[torch.where(found, torch.nan, 0.0)] for found in bad.values()]
+        return Marks(traces, torch.stack([*dropped.values()]))
 
     def _gives(self, name: str) -> tuple[Key, ...]:
         return next(call.gives for call in self.calls if call.name == name)
@@ -116,7 +129,7 @@ class Guard:
     def __init__(self, guarded: Guarded, device: torch.device) -> None:
         self.names = guarded.names
         self._drops = bool(guarded.groups)
-        self._waiting: list[tuple[int, Tensor, Tensor]] = []
+        self._waiting: list[tuple[int, Tensor, Marks]] = []
         count = len(self.names)
         self._dropped = torch.zeros(count, dtype=torch.int64, device=device)
         self._now = torch.zeros(count, dtype=torch.int64, device=device)
@@ -125,7 +138,7 @@ class Guard:
         """Take in the marks for a batch, or a part of one, of the update `step`. They wait for `check` as they are."""
         if marks is None:
             return
-        self._waiting.append((step, batch["index"], marks.bad))
+        self._waiting.append((step, batch["index"], marks))
         if marks.dropped is not None:
             self._now = self._now + marks.dropped.sum(1)
 
@@ -140,12 +153,14 @@ class Guard:
     def check(self) -> None:
         """Refuse bad answers so far. Waits for the device."""
         waiting, self._waiting = self._waiting, []
-        if not waiting:
+        traces = [trace for _, _, marks in waiting for own in marks.traces for trace in own]
+        if not traces or torch.cat(traces).isfinite().all():
             return
-        counts = (torch.cat([bad for _, _, bad in waiting], 1) != 0).sum(1).tolist()
+        bad = [torch.cat([_is_bad(marks.traces[place]) for _, _, marks in waiting]) for place in range(len(self.names))]
+        counts = torch.stack(bad).sum(1).tolist()
         for place, count in enumerate(counts):
             if count:
-                found = ((step, index[bad[place] != 0].tolist()) for step, index, bad in waiting)
+                found = ((step, index[_is_bad(marks.traces[place])].tolist()) for step, index, marks in waiting)
                 step, samples = next((step, samples) for step, samples in found if samples)
                 named = [str(sample) for sample in sorted(samples)]
                 more = ", ..." if len(named) >= NAMED else ""
@@ -173,17 +188,19 @@ class Guard:
         self._dropped = state["dropped"].to(self._dropped.device)
 
 
-def _trace(values: Sequence[Tensor]) -> Tensor:
-    """[B], 0 where all numbers of a sample are finite and nan elsewhere, in few operations: it runs in every update.
+def _trace(value: Tensor) -> Tensor:
+    """[B], finite where all numbers of a sample are, in one operation if it can be: it runs in every update.
 
-    The sum is in float32 at least, whose range no sum of answers of half precision leaves.
+    A sum is in float32 at least, whose range no sum of answers of half precision leaves.
     """
-    found: Tensor | None = None
-    for value in values:
-        trace = value.reshape(len(value), -1).sum(1, dtype=torch.promote_types(value.dtype, torch.float32)).mul_(0)
-        found = trace if found is None else found + trace
-    assert found is not None
-    return found
+    if value.ndim != 2:
+        value = value.reshape(len(value), -1)
+    return value.sum(1) if value.dtype in _WIDE else value.sum(1, dtype=torch.float32)
+
+
+def _is_bad(traces: Sequence[Tensor]) -> Tensor:
+    """[B], whether one of the fields of a teacher is not finite."""
+    return ~torch.stack([*traces]).isfinite().all(0)
 
 
 def _not_finite(values: Sequence[Tensor]) -> Tensor:

@@ -7,7 +7,7 @@ import json
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -51,10 +51,10 @@ def run_hash(spec: RunSpec, dataset: Dataset, reached: Reach, needs: Mapping[str
         "models": {
             name: model_content(spec.models[name], _fields(reached, name), needs.get(name)) for name in reached.models
         },
-        "nodes": {name: _node(node, reached, name) for name, node in reached.nodes.items()},
+        "nodes": {name: node_content(node, reached, name) for name, node in reached.nodes.items()},
         "metrics": [_part(part) for part in spec.metrics],
         "train": [train, _knob(spec.lr), _part(spec.updater)],
-        "precision": spec.runtime.precision,
+        "precision": AUTO if "precision" in spec.measured else spec.runtime.precision,
         "plugins": {plugin.name: plugin.digest for plugin in used_plugins(spec, reached)},
     }
     if spec.root.on_bad_teacher != "refuse" and any(spec.models[name].frozen for name in reached.models):
@@ -63,20 +63,23 @@ def run_hash(spec: RunSpec, dataset: Dataset, reached: Reach, needs: Mapping[str
         content["on_nonfinite"] = spec.root.on_nonfinite
     if spec.view_count is not None:
         content["view_count"] = spec.view_count
-    if caches := {name: own for name in reached.models if (own := _cache(spec.models[name])) is not None}:
+    cached: list[ModelSpec | NodeSpec] = [*(spec.models[name] for name in reached.models), *reached.nodes.values()]
+    if caches := {part.name: own for part in cached if (own := cache_content(part)) is not None}:
         content["caches"] = caches
     text = json.dumps(content, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def used_plugins(spec: RunSpec, reached: Reach) -> list[Plugin]:
-    """The plugins that supply what a run uses, built-ins first."""
+    """The plugins that supply what a run uses, built-ins first; also the parts that options name with `use:`."""
     parts: list[Any] = [spec.data, spec.updater, *spec.metrics, *reached.nodes.values()]
     parts += [spec.models[name] for name in reached.models]
     names = {part.entry.plugin.name for part in parts}
     knobs = [spec.lr, *(knob for node in reached.nodes.values() for knob in node.knobs.values())]
     entries = spec.registry.entries
     names |= {entries["schedules", knob.name].plugin.name for knob in knobs if isinstance(knob, Schedule)}
+    nested = {name for part in parts for name in _named_within(plain_options(part.options))}
+    names |= {entry.plugin.name for (_, name), entry in entries.items() if name in nested}
     return [plugin for plugin in spec.registry.plugins if plugin.name in names]
 
 
@@ -168,13 +171,13 @@ def model_content(spec: ModelSpec, fields: Iterable[str], need: str | None) -> d
     }
 
 
-def _cache(spec: ModelSpec) -> list[Any] | None:
-    """What the cache of a teacher changes in the numbers of a run."""
+def cache_content(spec: ModelSpec | NodeSpec) -> list[Any] | None:
+    """What the cache of a teacher or target changes in the numbers of a run."""
     options = read_cache(spec.engine.cache, f"{spec.where}.cache")
-    return None if options is None else changes(options, alone=not spec.at_hand)
+    return None if options is None else changes(options, alone=isinstance(spec, ModelSpec) and not spec.at_hand)
 
 
-def _node(node: NodeSpec, reached: Reach, name: str) -> dict[str, Any]:
+def node_content(node: NodeSpec, reached: Reach, name: str) -> dict[str, Any]:
     """A node by what it reads: `*.logits` counts as the teachers that it stands for."""
     arguments, borrowed = reached.arguments[name], reached.borrowed[name]
     return {
@@ -182,8 +185,19 @@ def _node(node: NodeSpec, reached: Reach, name: str) -> dict[str, Any]:
         "inputs": {name: arguments[name] for name in node.inputs},
         "knobs": {name: arguments[name] if isinstance(knob, str) else _knob(knob) for name, knob in node.knobs.items()},
         "borrows": {key: ref if isinstance(ref, str) else borrowed[key] for key, ref in node.borrows.items()},
-        "training": asdict(node.engine),
+        "training": {key: value for key, value in asdict(node.engine).items() if key != "cache"},
     }
+
+
+def _named_within(options: Any) -> Iterator[str]:
+    """The components that options name, as in `parts: {ear: {use: wave_cnn}}`."""
+    if isinstance(options, Mapping):
+        if isinstance(name := options.get("use"), str):
+            yield name
+        options = list(options.values())
+    if isinstance(options, list):
+        for value in options:
+            yield from _named_within(value)
 
 
 def _knob(knob: Any) -> Any:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kdx.calls import Key
 from kdx.components import Dataset, Given, Metric, Network, Schedule
-from kdx.data import Loader, Splits, View, in_order
+from kdx.data import Splits, View
 from kdx.deploy import deployed
 from kdx.diagnosis import check_numbers
 from kdx.errors import ConfigError
@@ -26,6 +26,7 @@ from kdx.feed import Feed, streams_read
 from kdx.functional import Present
 from kdx.group import Group
 from kdx.guard import EVERY, Guard, Marks
+from kdx.loader import Loader, in_order
 from kdx.memory import EVALUATION, TRAINING, explained
 from kdx.modules import Average, Knobs, Learner, Teachers, overrides, trained
 from kdx.nonfinite import SKIP, Rollback, finite_names
@@ -110,7 +111,7 @@ def make_session(spec: RunSpec, plan: Plan, dataset: Dataset, splits: Splits, ru
     teachers, learner = Teachers(plan), Learner(plan)
     runtime.place(teachers)
     runtime.place(learner)
-    own = partial(group.own, parts=options.accumulate)
+    own = partial(group.own, parts=options.accumulate) if group.size > 1 else None
     loader = Loader(splits.train, options.batch, spec.root.seed, spec.runtime.workers, own)
     group.expect(loader.size, options.accumulate)
     steps_per_epoch, steps = length(spec, len(splits.train))
@@ -130,9 +131,9 @@ def make_session(spec: RunSpec, plan: Plan, dataset: Dataset, splits: Splits, ru
     feed = Feed(loader, dataset, runtime, spec.root.seed, spec.view_count, stored, wanted)
     return Session(
         spec, plan, dataset.reading(reads), splits, runtime, teachers, learner, forward, network, knobs, updater,
-        loader, feed, average, Tally(plan.shown, plan.facts.classes), Guard(plan.guarded, runtime.device), steps,
-        steps_per_epoch, accumulate=options.accumulate, rollback=rollback,
-        sound=finite_names(whole(learner.state_dict())),
+        loader, feed, average, Tally(plan.shown, plan.facts.classes),
+        Guard(plan.guarded.without(plan.idle), runtime.device), steps, steps_per_epoch,
+        accumulate=options.accumulate, rollback=rollback, sound=finite_names(whole(learner.state_dict())),
     )  # fmt: skip
 
 
@@ -176,45 +177,54 @@ def training(session: Session, watchers: Watchers) -> Iterator[None]:
         calibrate(session)
     session.learner.train()
     nodes = (*session.teachers.nodes.values(), *session.learner.nodes.values())
-    changers = [node for node in nodes if overrides(node, "after_update")]  # type: ignore[arg-type]
+    changers: list[Any] = [node for node in nodes if overrides(node, "after_update")]  # type: ignore[arg-type]
+    if type(session.updater).after_update is not Updater.after_update:
+        changers.append(session.updater)
     named = {**session.teachers.nodes, **session.learner.nodes}
+    runtime, updater, tally, options = session.runtime, session.updater, session.tally, session.spec.train
+    in_training = explained(session, TRAINING)
+    clock = session.clock
     while session.step < session.steps:
         yield
         batch = session.feed.at(session.step)
-        clock = session.clock
         knobs = session.knobs.at(clock)
         lr = session.schedule()
-        set_lr(session.runtime.optimizer, lr)
-        session.runtime.group.begin(session.spec.root.seed, session.step)
-        with explained(session, TRAINING):
+        set_lr(runtime.optimizer, lr)
+        runtime.group.begin(session.spec.root.seed, session.step)
+        with in_training:
             terms, moved = step(session, batch, knobs)
-        moved |= {key: knobs[key] for key in session.knobs.moving}
-        moved |= products(session.updater.shown(), {**knobs, **moved})
+        runtime.look({})  # or the batch would lie in memory beside the next one
+        for key in session.knobs.moving:
+            moved[key] = knobs[key]
+        if factors := updater.shown():
+            moved |= products(factors, {**knobs, **moved})
         session.step += 1
+        clock = session.clock
         if session.rollback is not None:
             session.rollback.restore()
         if session.average is not None:
-            session.runtime.refresh()
-            session.average.update(session.clock)
-        with torch.no_grad():
-            for node in changers:
-                node.after_update(session.clock)  # type: ignore[operator]
-            session.updater.after_update(session.clock)
+            runtime.refresh()
+            session.average.update(clock)
+        if changers:
+            with torch.no_grad():
+                for one in changers:
+                    one.after_update(clock)
         if session.rollback is not None:
             session.rollback.restore()  # what these hooks put into buffers
-        shown = session.tally.update() | session.guard.update() | session.runtime.faults.update()
-        watchers.step_end(StepReport(session.clock, lr, terms, moved, session.runtime.group.samples(batch), shown))
-        if session.step % EVERY == 0 or _epoch_is_due(session, 1):
-            check_numbers(session, weights=_epoch_is_due(session, 1))  # waits for the device
-            check_alike(session.runtime.group, named)
-        if _epoch_is_due(session, 1):
-            for report in session.tally.epoch(session.clock):
+        shown = {**tally.update(), **session.guard.update(), **runtime.faults.update()}
+        watchers.step_end(StepReport(clock, lr, terms, moved, runtime.group.samples(batch), shown))
+        epoch_ends = _epoch_is_due(session, 1)
+        if epoch_ends or session.step % EVERY == 0:
+            check_numbers(session, weights=epoch_ends)  # waits for the device
+            check_alike(runtime.group, named)
+        if epoch_ends:
+            for report in tally.epoch(clock):
                 watchers.eval_end(report)
-        if _epoch_is_due(session, session.spec.train.evaluate):
+        if epoch_ends and _epoch_is_due(session, options.evaluate):
             with explained(session, EVALUATION):
                 validate(session, watchers)
-        if _epoch_is_due(session, session.spec.train.save) or watchers.is_due(session) or watchers.stop():
-            check_numbers(session, weights=not _epoch_is_due(session, 1))
+        if (epoch_ends and _epoch_is_due(session, options.save)) or watchers.is_due(session) or watchers.stop():
+            check_numbers(session, weights=not epoch_ends)
             watchers.save(session)
             if watchers.stop():
                 return
@@ -236,16 +246,23 @@ def step(session: Session, batch: Batch, knobs: Mapping[Key, Tensor]) -> tuple[d
                 own: Losses = session.forward(part, kept, knobs)
             runtime.faults.add(session.step + 1, part["index"], own)
             losses = group.over_all(own)
-            present = Present(session.teachers, session.learner, part, kept, knobs, runtime.autocast)
-            runtime.look(part, present.losses)
+            runtime.look(part, _ahead(session, part, kept, knobs) if session.updater.eager else None)
             session.updater.backward(losses, share, runtime)
-        add_means(terms, {"total": losses.total.detach(), **losses.terms}, share)
+        add_means(terms, {"total": losses.total.detach(), **losses.means}, share)
         add_means(moved, losses.knobs, share)
-        with torch.no_grad():
-            session.tally.add(*group.seen(part, losses.shown))
+        if session.tally.any:
+            with torch.no_grad():
+                session.tally.add(*group.seen(part, losses.shown))
     with runtime.stopwatch.phase("student"):
         session.updater.step(runtime)
     return terms, moved
+
+
+def _ahead(
+    session: Session, part: Batch, kept: Mapping[Key, Tensor], knobs: Mapping[Key, Tensor]
+) -> Callable[[Mapping[str, Tensor], Batch | None], Losses]:
+    """What evaluates the learner on a part of a batch with other weights."""
+    return Present(session.teachers, session.learner, part, kept, knobs, session.runtime.autocast).losses
 
 
 def products(factors: Mapping[str, Tensor], knobs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -266,7 +283,7 @@ def everywhere(group: Group, part: Batch, marks: Marks | None) -> tuple[Batch, M
         return part, marks
     index = {"index": group.gather(part["index"])}
     dropped = None if marks.dropped is None else group.gather(marks.dropped.T).T
-    return index, Marks(group.gather(marks.bad.T).T, dropped)
+    return index, Marks([[*map(group.gather, traces)] for traces in marks.traces], dropped)
 
 
 def calibrate(session: Session) -> None:
@@ -317,7 +334,8 @@ def evaluate(session: Session, view: View, answer: Callable[[Batch], Tensor]) ->
     metrics = tuple(make_metric(part, session.plan.facts, session.runtime.device) for part in session.spec.metrics)
     group, size = session.runtime.group, session.spec.runtime.eval_batch
     with session.runtime.stopwatch.phase("evaluation"), evaluating(session.learner):
-        for batch in group.over(in_order(view, size, session.spec.runtime.workers, group.share), len(view), size):
+        share = group.share if group.size > 1 else None
+        for batch in group.over(in_order(view, size, session.spec.runtime.workers, share), len(view), size):
             batch = session.dataset.on_device(session.runtime.move(batch), None)
             with session.runtime.autocast():
                 values = {"student.logits": answer(batch).float()}

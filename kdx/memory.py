@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,15 +18,19 @@ if TYPE_CHECKING:
 TRAINING, EVALUATION = "update", "evaluation"
 
 
-@contextmanager
-def explained(session: Session, doing: str) -> Iterator[None]:
-    """Say of an error for want of memory within the block what takes the memory and what to lower."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        raise KdxError(out_of_memory(session, doing, str(error).split(". ")[0])) from error
+class explained:  # noqa: N801  (a context manager, used as a verb)
+    """Says of an error for want of memory within the block what takes the memory and what to lower."""
+
+    def __init__(self, session: Session, doing: str) -> None:
+        self._session = session
+        self._doing = doing
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            raise KdxError(out_of_memory(self._session, self._doing, str(error).split(". ")[0])) from error
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

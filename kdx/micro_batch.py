@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from kdx.calls import NodeCall
 from kdx.errors import ConfigError, KdxError
 from kdx.memory import TRAINING, is_out_of_memory, out_of_memory
 from kdx.modules import generators
@@ -26,16 +27,18 @@ def fit(session: Session, known: int | None) -> tuple[str, ...]:
     """Decide into how many parts a batch is split, by trying an update with ever more of them; gives what to say of it.
 
     A run that goes on takes what it began with (`known`). Nothing is left of the tries. Raises `KdxError` where not
-    even one sample at a time fits, `ConfigError` for several processes.
+    even one sample at a time fits, or where a node needs the whole batch, `ConfigError` for several processes.
     """
     if session.spec.train.micro_batch != AUTO:
         return ()
     if session.runtime.group.size > 1:
         raise ConfigError("train.micro_batch: found 'auto', expected a number where several processes train together")
+    nodes = [call.module for call in session.plan.calls if isinstance(call, NodeCall)]
     batch = session.spec.train.batch
+    most = 1 if any(node.whole_batch for node in nodes) else batch
     session.accumulate = known or 1
     while known is None and (problem := _problem(session)) is not None:
-        if session.accumulate == batch:
+        if session.accumulate == most:
             raise KdxError(out_of_memory(session, TRAINING, problem))
         session.accumulate = parts_for(batch, batch // (2 * session.accumulate) or 1)
     if session.accumulate == 1:

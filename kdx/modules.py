@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from kdx.calls import Call, Key, ModelCall, NodeCall, StandIn, Values, execute, weighted
 from kdx.components import Network, Node, Schedule
 from kdx.guard import Marks
+from kdx.joint import joined
 from kdx.optim import Trained
 from kdx.plan import Plan
-from kdx.recall import RecallCall
+from kdx.recall import IdleCall, RecallCall, RecallTarget
 from kdx.spec import RunSpec
+from kdx.streams import Lane, in_turn
 from kdx.taps import Tapped
 from kdx.types import Batch, Clock, Losses
 
@@ -54,11 +56,15 @@ class Teachers(nn.Module):
     def __init__(self, plan: Plan) -> None:
         super().__init__()
         self._models = tuple(call for call in plan.teacher_calls if isinstance(call, ModelCall))
+        self._idle = tuple(call for call in self._models if call.name in plan.idle)
         self._recalled = tuple(call for call in self._models if isinstance(call, RecallCall))
-        self.live = tuple(call for call in self._models if not isinstance(call, RecallCall))
+        self.live = tuple(call for call in self._models if not isinstance(call, IdleCall))
         self.stand_ins: tuple[StandIn, ...] = ()
+        self.lane: Lane = in_turn
         self._nodes = tuple(call for call in plan.teacher_calls if isinstance(call, NodeCall))
-        self._guarded = plan.guarded
+        self._awake = tuple(call for call in self._nodes if call.name not in plan.idle)
+        self._stored = tuple(call.stored for call in self._nodes if isinstance(call, RecallTarget))
+        self._everyone, self._guarded = plan.guarded, plan.guarded.without(plan.idle)
         self.marks: Marks | None = None
         self._source: Callable[[Batch], Values] | None = None
         self._kept = (*plan.kept, *plan.reported)
@@ -88,11 +94,12 @@ class Teachers(nn.Module):
         if self._source is not None:
             values.update(self._source(batch))
         execute(self._recalled, values)
-        execute(self.live, values)
-        for one in self.stand_ins:
-            one.run(values)
-        self._guard(values)
-        execute(self._nodes, values)
+        self.lane((*self.live, *self.stand_ins), values)
+        asleep = self._asleep(values)
+        if not asleep:
+            execute(self._idle, values)
+        self._guard(values, asleep=asleep)
+        execute(self._awake if asleep else self._nodes, values)
         return {key: values[key] for key in self._kept}
 
     @torch.no_grad()
@@ -101,7 +108,7 @@ class Teachers(nn.Module):
         values = _start(batch, knobs)
         execute(self._models, values)
         if self._models:
-            self._guarded.inspect(values)
+            self._everyone.inspect(values)
         execute(self._nodes, values)
         return values
 
@@ -109,16 +116,23 @@ class Teachers(nn.Module):
     def calibrate(self, batch: Batch, knobs: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
         """As a forward pass, with the batch handed to the targets that want to see data before training."""
         values = _start(batch, knobs)
-        execute(self._models, values)
-        self._guard(values)
-        for call in self._nodes:
+        asleep = self._asleep(values)
+        execute([call for call in self._models if not (asleep and call in self._idle)], values)
+        self._guard(values, asleep=asleep)
+        for call in self._awake if asleep else self._nodes:
             _calibrate(call, values)
             call.run(values)
         return {key: values[key] for key in self._kept}
 
-    def _guard(self, values: Values) -> None:
-        """Leave the marks of the batch for the loop to count."""
-        self.marks = self._guarded.inspect(values) if self._models else None
+    def _asleep(self, values: Values) -> bool:
+        """Whether the answers of all stored targets came with the batch, so that what they alone read is not needed."""
+        return all(one.among(values) for one in self._stored)
+
+    def _guard(self, values: Values, *, asleep: bool) -> None:
+        """Leave the marks of the batch for the loop to count, which are of the teachers that training runs."""
+        if self._idle and not asleep:
+            self._everyone.inspect(values)
+        self.marks = self._guarded.inspect(values) if self._guarded.calls else None
 
 
 class Learner(nn.Module):
@@ -131,6 +145,8 @@ class Learner(nn.Module):
         super().__init__()
         self._calls = plan.learner_calls
         self._losses = plan.loss_calls
+        self._joined = joined(plan)
+        self._terms = [(call.name.removeprefix("losses."), call.gives[0]) for call in plan.loss_calls]
         self._units = frozenset(key for key, knob in plan.knobs.items() if knob == 1.0)
         self._knobs = plan.read_knobs
         self._shown = plan.shown
@@ -149,13 +165,15 @@ class Learner(nn.Module):
         values.update(kept)
         execute(self._calls, values)
         with _without_autocast(next(iter(batch.values())).device.type):
-            execute(self._losses, values)
-            parts = weighted(self._losses, values, self._units)
+            execute(self._joined, values)
+            means, parts = weighted(self._losses, values, self._units)
             total = functools.reduce(torch.add, parts.values())
-        terms = {call.name.removeprefix("losses."): values[call.gives[0]].detach() for call in self._losses}
+        means = {name: mean.detach() for name, mean in means.items()}
+        given = {name: values[key] for name, key in self._terms}
+        terms = {name: term.detach() if term.ndim else means[name] for name, term in given.items()}
         knobs = {name: values[key].detach() for name, key in self._knobs.items()}
         shown = {one.key: values[one.key].detach() for one in self._shown}
-        return Losses(total, terms, knobs, parts, shown)
+        return Losses(total, terms, knobs, parts, shown, means)
 
     def calibrate(self, batch: Batch, kept: Mapping[Key, Tensor], knobs: Mapping[Key, Tensor]) -> None:
         """Hand one batch to the nodes that want to see data before training."""

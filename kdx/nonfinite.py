@@ -5,7 +5,7 @@ What was found is read every `EVERY` updates of `kdx.guard`, and always before a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -28,23 +28,24 @@ class Fault:
 
 @dataclass
 class _Update:
-    """References to what an update gave, until it is read."""
+    """References to what an update gave, until it is read; `flag` says on the device whether it was left out, where
+    each update is judged by itself.
+    """
 
     step: int
-    parts: list[tuple[Tensor, Losses]] = field(default_factory=list)
-    flags: list[Tensor] = field(default_factory=list)
+    parts: list[tuple[Tensor, Mapping[str, Tensor]]] = field(default_factory=list)
+    flag: Tensor | None = None
 
 
 class Faults:
     """Decides on the device whether the update under way may be applied: `found` is 1 where it may not, else 0.
 
     With `skip` each update is judged by itself. Otherwise `found` stays 1, so that all weights are still those of
-    before the first fault when it is read. `average` sets tensors to their mean over the processes of a run.
+    before the first fault when it is read, and a sum of it says how many updates ago that was. `average` sets tensors
+    to their mean over the processes of a run; None for one process.
     """
 
-    def __init__(
-        self, device: torch.device, average: Callable[[Sequence[Tensor]], None] = lambda tensors: None
-    ) -> None:
+    def __init__(self, device: torch.device, average: Callable[[Sequence[Tensor]], None] | None = None) -> None:
         self.skip = False
         self.skipped = 0
         self.in_a_row = 0
@@ -52,6 +53,7 @@ class Faults:
         self.found = torch.zeros((), device=device)
         self._average = average
         self._one = torch.ones((), device=device)
+        self._since = torch.zeros((), device=device)
         self._updates: list[_Update] = []
         self._totals: list[Tensor] = []
 
@@ -59,16 +61,12 @@ class Faults:
         """Take in what a micro-batch of the update `step` gave; `index` [B] names its samples."""
         if not self._updates or self._updates[-1].step != step:
             self._updates.append(_Update(step))
-        own = Losses(losses.total.detach(), losses.terms)
-        self._updates[-1].parts.append((index, own))
-        self._totals.append(own.total)
+        self._updates[-1].parts.append((index, losses.terms))
+        self._totals.append(losses.total.detach())
 
     def judge(self, gradients: Sequence[list[Tensor]]) -> None:
         """Look at the gradients, lists of one dtype each, and at the totals since the last call."""
-        self._begin()
-        for group in gradients:
-            if group:  # multiplies by one, which changes no number, and is a single pass over all of them
-                torch._amp_foreach_non_finite_check_and_unscale_(group, self.found, self._one)
+        self._look(gradients)
         self._note()
 
     def judge_scaled(self, overflown: Tensor, scale: Tensor) -> None:
@@ -76,26 +74,29 @@ class Faults:
 
         It is a fault where the scale cannot be the reason, at 1 or below. A fault is left in `overflown`.
         """
-        self._begin()
+        self._look([])
         self.found.copy_(torch.maximum(self.found, overflown * (scale <= 1)))
         self._note()
         overflown.copy_(torch.maximum(overflown, self.found))
 
     def update(self) -> dict[str, Tensor]:
         """Whether the update that has just ended was left out, where it may be."""
-        return {"skipped": self._updates[-1].flags[-1]} if self.skip and self._updates else {}
+        flag = self._updates[-1].flag if self.skip and self._updates else None
+        return {} if flag is None else {"skipped": flag}
 
     def take(self) -> list[Fault]:
         """The faults since the last call. Waits for the device."""
         updates, self._updates = self._updates, []
-        flags = [(update, flag) for update in updates for flag in update.flags]
-        if not flags:
+        if not updates:
             return []
-        read = torch.stack([flag for _, flag in flags]).tolist()
-        steps = {update.step for (update, _), bad in zip(flags, read, strict=True) if bad}
-        found = [Fault(update.step, _bad_terms(update)) for update in updates if update.step in steps]
-        for update in updates:
-            self.in_a_row = self.in_a_row + 1 if update.step in steps else 0
+        if self.skip:
+            read = torch.stack([self.found if one.flag is None else one.flag for one in updates]).tolist()
+        else:
+            count = int(self._since)
+            read = [0] * (len(updates) - count) + [1] * count
+        for bad in read:
+            self.in_a_row = self.in_a_row + 1 if bad else 0
+        found = [Fault(update.step, _bad_terms(update)) for update, bad in zip(updates, read, strict=True) if bad]
         self.skipped += len(found) if self.skip else 0
         return found
 
@@ -107,18 +108,26 @@ class Faults:
         """Take up `state`."""
         self.skipped = state["skipped"]
 
-    def _begin(self) -> None:
+    def _look(self, gradients: Sequence[list[Tensor]]) -> None:
         if self.skip:
             self.found.zero_()
-        if self._totals:
-            torch._amp_foreach_non_finite_check_and_unscale_(self._totals, self.found, self._one)
-            self._totals = []
+        groups, totals = [group for group in gradients if group], self._totals
+        if totals and groups and groups[0][0].dtype == totals[0].dtype:
+            groups[0] = [*groups[0], *totals]
+        elif totals:
+            groups.append(totals)
+        for group in groups:  # multiplies by one, which changes no number, and is a single pass over all of them
+            torch._amp_foreach_non_finite_check_and_unscale_(group, self.found, self._one)
+        self._totals = []
 
     def _note(self) -> None:
-        self._average([self.found])
-        self.found.ceil_()  # 1 everywhere if it is anywhere
-        if self._updates:
-            self._updates[-1].flags.append(self.found.clone())
+        if self._average is not None:
+            self._average([self.found])
+            self.found.ceil_()  # 1 everywhere if it is anywhere
+        if not self.skip:
+            self._since.add_(self.found)
+        elif self._updates:
+            self._updates[-1].flag = self.found.clone()
 
 
 class Rollback:
@@ -155,6 +164,20 @@ class Rollback:
                 now.copy_(torch.where(bad, saved, now))
 
 
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether there is no nan or inf in any of these, in one pass over them for each type. Waits for the device."""
+    groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in tensors:
+        if tensor.is_floating_point() and tensor.numel():
+            groups.setdefault((tensor.dtype, tensor.device), []).append(tensor.detach())
+    for (_, device), group in groups.items():
+        found = torch.zeros((), device=device)
+        torch._amp_foreach_non_finite_check_and_unscale_(group, found, torch.ones((), device=device))
+        if found.item():
+            return False
+    return True
+
+
 def finite_names(state: Mapping[str, Tensor]) -> frozenset[str]:
     """The names of the tensors without nan or inf. Waits for the device."""
     names = [name for name, value in state.items() if value.is_floating_point() and value.numel()]
@@ -166,8 +189,8 @@ def finite_names(state: Mapping[str, Tensor]) -> frozenset[str]:
 
 def _bad_terms(update: _Update) -> dict[str, tuple[int, ...]]:
     found: dict[str, tuple[int, ...]] = {}
-    for index, losses in update.parts:
-        for name, term in losses.terms.items():
+    for index, terms in update.parts:
+        for name, term in terms.items():
             bad = ~term.isfinite()
             if bad.any():
                 found[name] = (*found.get(name, ()), *(index[bad].tolist() if term.ndim else ()))

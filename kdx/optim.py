@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,6 +116,16 @@ def _groups(groups: Iterable[Trained]) -> list[dict[str, Any]]:
     return [
         {"params": parameters, "lr_scale": scale, "weight_decay": decay} for (scale, decay), parameters in found.items()
     ]
+
+
+def bare_step(optimizer: torch.optim.Optimizer) -> Callable[[], object]:
+    """`optimizer.step`, to be called without gradient. For the optimizers of torch without what is wrapped around it for
+    profilers, hooks and compilers, which takes as long as the update of a small net.
+    """
+    step: Callable[..., object] = type(optimizer).step
+    if type(optimizer).__module__.startswith("torch.optim."):
+        step = inspect.unwrap(step)
+    return functools.partial(step, optimizer)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

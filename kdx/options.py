@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, fields, is_dataclass
+from functools import lru_cache
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -20,14 +21,13 @@ def read_options(schema: type[Any], options: Mapping[str, Any], where: str, who:
         if key not in known:
             raise ConfigError(f"{prefix}{key}: unknown option{who}; {did_you_mean(str(key), known, what='options')}")
     try:
-        merged = OmegaConf.structured(schema)
-        for option, value in options.items():  # one by one, so that an error can always be given a place
+        merged = _defaults(schema)  # type: ignore[arg-type]  # every class is hashable
+        if options:
             try:
-                merged = OmegaConf.merge(merged, {option: value})
-            except (OmegaConfBaseException, ValueError, TypeError) as error:
-                key = getattr(error, "full_key", None) or option
-                expected = f"found {_at(options, key)!r}, expected {type_text(known[option])}"
-                raise ConfigError(f"{prefix}{key}: {expected}{who}: {_detail(error)}") from error
+                merged = OmegaConf.merge(merged, dict(options))
+            except (OmegaConfBaseException, ValueError, TypeError):  # one by one, so that it can be given a place
+                for option, value in options.items():
+                    merged = _with(merged, option, value, known[option], options, prefix, who)
         return OmegaConf.to_object(merged)
     except MissingMandatoryValue as error:
         key = getattr(error, "full_key", None) or ""
@@ -44,6 +44,24 @@ def plain_options(options: Any) -> dict[str, Any]:
 def type_text(annotation: Any) -> str:
     """The type of an option as its class says it."""
     return annotation.__name__ if isinstance(annotation, type) else str(annotation).removeprefix("typing.")
+
+
+@lru_cache(maxsize=512)
+def _defaults(schema: type[Any]) -> Any:
+    """A dataclass as OmegaConf reads it; whoever merges something into it gets a copy."""
+    return OmegaConf.structured(schema)
+
+
+def _with(
+    merged: Any, option: str, value: Any, annotation: Any, options: Mapping[str, Any], prefix: str, who: str
+) -> Any:
+    """The options so far with one more, or a `ConfigError` that names its place."""
+    try:
+        return OmegaConf.merge(merged, {option: value})
+    except (OmegaConfBaseException, ValueError, TypeError) as error:
+        key = getattr(error, "full_key", None) or option
+        expected = f"found {_at(options, key)!r}, expected {type_text(annotation)}"
+        raise ConfigError(f"{prefix}{key}: {expected}{who}: {_detail(error)}") from error
 
 
 def _at(options: Mapping[str, Any], key: str) -> Any:

@@ -133,7 +133,7 @@ class Parallel:
         return found
 
 
-def pick_own_device(name: str) -> torch.device:
+def pick_own_device(name: str | None) -> torch.device:
     """The device of this process: that of the config or, of several GPUs, the one whose turn it is.
 
     Raises `ConfigError` where two processes would share a GPU.
@@ -141,7 +141,7 @@ def pick_own_device(name: str) -> torch.device:
     device = pick_device(name)
     if world_size() == 1 or device.type != "cuda":
         return device
-    if ":" in name:
+    if ":" in (name or ""):
         raise ConfigError(f"runtime.device: found {name!r}, but each process has its own GPU; expected cuda or auto")
     if local_rank() >= torch.cuda.device_count():
         raise ConfigError(

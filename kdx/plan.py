@@ -6,26 +6,27 @@ import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import nn
 
-from kdx.calls import Borrowed, Call, Key, ModelCall, NodeCall, Values, find_part
-from kdx.components import Given, Loss, Model, Network, Node, Schedule
+from kdx.calls import Call, Key, ModelCall, NodeCall, Values
+from kdx.components import Loss, Model, Network, Schedule
 from kdx.errors import KdxError, PlanError, did_you_mean
 from kdx.gaps import all_there, gap_notes, settled, told
 from kdx.guard import Guarded, guarded
 from kdx.presence import Presence
 from kdx.probe import probe, shape_of, without_trace
 from kdx.randomness import derive_seed
-from kdx.reach import Part, Reach, base_of, flat, reach
-from kdx.recall import RecallCall, Recalled, Stored
+from kdx.reach import Reach, base_of, flat, reach, unasked, upstream
+from kdx.recall import IdleCall, RecallCall, Recalled, RecallTarget, Stored, recalled
 from kdx.seats import Seat, seat_of
 from kdx.shown import Shown, find_shown, read_knobs
-from kdx.spec import ModelSpec, NodeSpec, RunSpec
+from kdx.spec import ModelSpec, RunSpec
+from kdx.storable import check_storable
 from kdx.taps import LOGITS, Tapped, read_taps
 from kdx.types import Batch, Clock, DataFacts, Shape
+from kdx.wiring import node_call
 
 Ready = Callable[[ModelSpec, Network], None]
 """Called with each network when it is built: puts weights into it. Without it nothing is fetched or loaded."""
@@ -58,6 +59,8 @@ class Plan:
     guarded: Guarded = field(default_factory=Guarded)
     others: frozenset[str] = frozenset()
     """The teachers that tell other classes apart than those of the data."""
+    idle: frozenset[str] = frozenset()
+    """The teachers and targets that stored targets alone read, so that no batch of training runs them."""
 
     def knows_classes(self, name: str) -> bool:
         """Whether a model's logits are over the classes of the data."""
@@ -106,6 +109,7 @@ def make_plan(
     sample = all_there({name: value[:2].to(device) for name, value in sample.items()}, facts)
     reached = reach(spec, facts)
     stored = stored or {}
+    idle = unasked(reached, stored)
 
     @functools.cache
     def network_of(name: str) -> Network:
@@ -118,13 +122,15 @@ def make_plan(
         return network
 
     lent = {model for parts in reached.borrowed.values() for model, _ in flat(parts)}
-    asked = {base_of(owner) for owner in reached.fields if owner not in stored} | lent
+    asked = {base_of(owner) for owner in reached.fields if owner not in stored and owner not in idle} | lent
     models = {name: network_of(name) for name in reached.models if name in asked}
     values: Values = {f"batch.{name}": value for name, value in sample.items()}
     knobs = _knob_values(reached, device, values)
     shapes: dict[Key, Shape] = {key: shape_of(value) for key, value in values.items()}
     for one in stored.values():
         values |= {f"batch.{name}": rows.to(device) for name, rows in one.rows(sample["index"].cpu(), 0).items()}
+    for name in reached.nodes.keys() & stored.keys():
+        shapes |= stored[name].inputs
 
     def live(item: str) -> ModelCall:
         name = base_of(item)
@@ -133,22 +139,28 @@ def make_plan(
             call.protect({f"batch.{stream}": value for stream, value in sample.items()})
         return call
 
+    def node(item: str, seed: int) -> NodeCall:
+        return node_call(item, reached, facts, spec, shapes, models, device, seed)
+
     calls: list[Call] = []
     tapped: dict[str, Tapped] = {}
     presences: dict[Key, Presence] = {}
     for item in reached.order:
         call: Call
-        if item in stored:
-            call = _recall_call(item, spec.models[base_of(item)], stored[item], facts, live)
-        elif (name := base_of(item)) in spec.models:
-            call = _model_call(item, spec.models[name], models[name], reached.fields[item], seats[name])
+        if (name := base_of(item)) not in spec.models:
+            call = node(item, spec.root.seed)
+            call = recalled(call, stored[item]) if item in stored else call
+        elif item in stored or item in idle:
+            call = _late_call(item, spec.models[name], reached.fields[item], stored.get(item), facts, live)
         else:
-            call = _node_call(item, reached, facts, spec, shapes, models, device)
+            call = _model_call(item, spec.models[name], models[name], reached.fields[item], seats[name])
         if isinstance(call, ModelCall):
             tapped[item] = call.module
         call = told(call, facts, presences)
-        probe(call, values, shapes)
-        calls.append(settled(call, values))
+        if item not in idle:
+            probe(call, values, shapes)
+            call = settled(call, values)
+        calls.append(call)
     student = next((module for name, module in tapped.items() if base_of(name) == "student"), None)
     if student is None:
         raise PlanError("losses: none of them reads the student, so nothing would be learnt")
@@ -156,16 +168,24 @@ def make_plan(
     losses = tuple(call for call in calls if isinstance(call, NodeCall) and call.kind == "losses")
     others = {name: own for name, own in (classes or {}).items() if own != facts.classes}
     teacher_side = _teacher_side(spec, calls)
+    nodes = {call.name: call for call in calls if isinstance(call, NodeCall)}
+    notes: list[str] = []
+    for name, target in spec.targets.items():
+        if name in nodes and name not in stored and target.engine.cache:
+            chain = [nodes[one] for one in upstream(reached, name) if one in nodes and one not in idle]
+            check_storable(chain, values, teacher_side, lambda call: node(call.name, spec.root.seed + 1).module)
+            notes.append(f"{target.where}: its answers for training are stored before it, and read from then on")
     teacher_calls = tuple(call for call in calls if call.name in teacher_side and call not in losses)
     learner_calls = tuple(call for call in calls if call not in teacher_calls and call not in losses)
     made = {key for call in teacher_calls for key in call.gives}
     kept = dict.fromkeys(key for call in (*learner_calls, *losses) for key in call.reads if key in made)
-    shown, read = find_shown(calls, values, shapes), read_knobs(calls)
+    awake = [call for call in calls if call.name not in idle]
+    shown, read = find_shown(awake, values, shapes), read_knobs(awake)
     reported = dict.fromkeys(key for key in (*(one.key for one in shown), *read.values()) if key in made)
     return Plan(
         spec, facts, student, teacher_calls, learner_calls, losses, tuple(kept), knobs, shapes, reached.unused,
-        tuple(_notes(calls, teacher_side)), shown, read, tuple(key for key in reported if key not in kept),
-        guarded(teacher_calls, shapes, spec.root.on_bad_teacher, others), frozenset(others),
+        (*_notes(calls, teacher_side, idle), *notes), shown, read, tuple(key for key in reported if key not in kept),
+        guarded(teacher_calls, shapes, spec.root.on_bad_teacher, others), frozenset(others), idle,
     )  # fmt: skip
 
 
@@ -232,97 +252,22 @@ def _model_call(name: str, spec: ModelSpec, network: Network, wanted: tuple[str,
     return ModelCall(name, spec.where, tapped, streams, tuple(f"{name}.{field}" for field in wanted), seat)
 
 
-def _recall_call(
-    name: str, spec: ModelSpec, stored: Stored, facts: DataFacts, live: Callable[[str], ModelCall]
-) -> RecallCall:
+def _late_call(
+    name: str,
+    spec: ModelSpec,
+    wanted: tuple[str, ...],
+    stored: Stored | None,
+    facts: DataFacts,
+    live: Callable[[str], ModelCall],
+) -> IdleCall:
+    """A teacher whose network is built when it is first asked for; without `stored`, one that is idle."""
     view = name.removeprefix(spec.name)
     streams = {stream: f"batch.{stream}{view}" for stream in streams_of(spec, facts)}
-    gives = tuple(f"{name}.{field}" for field in stored.fields)
+    gives = tuple(f"{name}.{field}" for field in wanted)
     network = functools.cache(functools.partial(live, name)) if spec.at_hand else None
-    return RecallCall(name, spec.where, Recalled(stored), streams, gives, stored=stored, live=network)
-
-
-def _node_call(
-    item: str,
-    reached: Reach,
-    facts: DataFacts,
-    spec: RunSpec,
-    shapes: Mapping[Key, Shape],
-    models: Mapping[str, Network],
-    device: torch.device,
-) -> NodeCall:
-    node, seed = reached.nodes[item], spec.root.seed
-    component: type[Node] = node.entry.component
-    arguments = reached.arguments[item]
-    inputs = {name: arguments[name] for name in component.inputs}
-    given = Given(
-        {name: _shapes_of(key, shapes) for name, key in inputs.items() if key is not None},
-        facts,
-        torch.Generator(device=device).manual_seed(derive_seed(seed, "generator", item)),
-        {name: list(key) if isinstance(key, tuple) else key for name, key in inputs.items() if key is not None},
-    )
-    label = f"{node.where} ({component.name}, plugin {node.entry.plugin.name})"
-    _check_same_shape(node, given)
-    with torch.random.fork_rng():
-        torch.manual_seed(derive_seed(seed, "node", item))
-        try:
-            module = component(node.options, given).to(device)
-        except KdxError as error:
-            raise type(error)(f"{node.where}: {error}") from error
-        except Exception as error:
-            raise PlanError(f"{label} could not be built from {_listed(inputs, shapes)}: {error}") from error
-    parts = _parts(item, reached, spec, models)
-    kind = node.where.partition(".")[0]
-    hidden = {"weight"} | ({"like"} if kind == "align" else set())  # an aligner needs only the shape of `like`
-    passed = {name: key for name, key in arguments.items() if name not in hidden}
-    weight = str(arguments["weight"]) if kind == "losses" else ""
-    gives = (item,) if kind == "losses" else tuple(f"{item}.{field}" for field in component.outputs)
-    return NodeCall(item, kind, node.where, module, passed, gives, parts, weight, label)
-
-
-def _parts(
-    item: str, reached: Reach, spec: RunSpec, models: Mapping[str, Network]
-) -> dict[str, Borrowed | list[Borrowed]]:
-    """The borrowed parts of a node. One that it trains must be part of a model that the optimizer knows."""
-    node = reached.nodes[item]
-    component: type[Node] = node.entry.component
-
-    def lend(name: str, part: Part, ref: str) -> Borrowed:
-        model, path = part
-        where, trains = f"{node.where}.borrows.{name}", name in component.trains
-        is_run = any(base_of(owner) == model for owner in reached.order)
-        if trains and (spec.models[model].frozen or not is_run):
-            why = "is frozen" if spec.models[model].frozen else "no loss reads"
-            raise PlanError(
-                f"{where}: {component.name} trains this part, but {ref} belongs to {model}, "
-                f"which {why}; expected a part of a model that is trained, as in student.classifier"
-            )
-        engine = spec.models[model].engine
-        if engine.device is not None or engine.offload is not None or engine.shard:
-            raise PlanError(
-                f"{where}: {ref} is called where the student computes, but teachers.{model} has a place "
-                "of its own; leave out its `device`, `offload` and `shard`"
-            )
-        return Borrowed(find_part(models[model].net, path, where), trains=trains)
-
-    return {
-        name: [lend(name, one, ".".join(one)) for one in part]
-        if isinstance(part, list)
-        else lend(name, part, str(node.borrows[name]))
-        for name, part in reached.borrowed[item].items()
-    }
-
-
-def _check_same_shape(node: NodeSpec, given: Given) -> None:
-    for group in node.entry.component.same_shape:
-        found = {name: given.shapes[name] for name in group if name in given.shapes}
-        if len(set(map(str, found.values()))) > 1:
-            listing = ", ".join(f"{node.inputs[name]} {list(shape)}" for name, shape in found.items())
-            classes = all(len(shape) == 1 for shape in found.values()) and any(
-                str(node.inputs[name]).endswith(LOGITS) for name in found
-            )
-            advice = "the models tell different numbers of classes apart" if classes else "put an aligner between them"
-            raise PlanError(f"{node.where}: {node.entry.component.name} needs equal shapes but got {listing}; {advice}")
+    if stored is None:
+        return IdleCall(name, spec.where, Recalled(wanted), streams, gives, live=network)
+    return RecallCall(name, spec.where, Recalled(wanted), streams, gives, stored=stored, live=network)
 
 
 def logits_shape(shapes: Mapping[Key, Shape], model: str) -> Shape | None:
@@ -371,10 +316,15 @@ def _check_student(spec: RunSpec, student: Tapped, shapes: Mapping[Key, Shape], 
         raise PlanError(f"student: its logits have shape {list(found)}, but the data has {len(facts.classes)} classes")
 
 
-def _notes(calls: list[Call], teacher_side: set[str]) -> Iterator[str]:
+def _notes(calls: list[Call], teacher_side: set[str], idle: frozenset[str]) -> Iterator[str]:
+    if idle:
+        names = ", ".join(call.name for call in calls if call.name in idle)
+        yield f"not run in training, for only stored targets read it: {names}"
     for call in calls:
         if isinstance(call, RecallCall):
             yield f"{call.name}: its answers for training are read from {call.stored.store.folder}"
+        if isinstance(call, RecallTarget):
+            yield f"{call.where}: its answers for training are read from {call.stored.store.folder}"
         if isinstance(call, ModelCall) and call.name in teacher_side and call.module.stops_early:
             yield f"{call.where} stops early: nothing after {', '.join(call.module.wanted)} is asked of it"
         if isinstance(call, ModelCall):
@@ -386,12 +336,3 @@ def _notes(calls: list[Call], teacher_side: set[str]) -> Iterator[str]:
         if isinstance(call, NodeCall) and describe is not None:
             yield f"{call.where}: {describe()}"
     yield from gap_notes(calls)
-
-
-def _shapes_of(key: Any, shapes: Mapping[Key, Shape]) -> Any:
-    return [shapes[one] for one in key] if isinstance(key, tuple) else shapes[key]
-
-
-def _listed(inputs: Mapping[str, Any], shapes: Mapping[Key, Shape]) -> str:
-    keys = [one for key in inputs.values() for one in (key if isinstance(key, tuple) else (key,)) if one]
-    return ", ".join(f"{key} {list(shapes[key])}" for key in keys)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -9,7 +10,14 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, packages_distributions, version
+from importlib.metadata import (
+    Distribution,
+    EntryPoint,
+    PackageNotFoundError,
+    entry_points,
+    packages_distributions,
+    version,
+)
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -285,8 +293,14 @@ def _load_entry_point(point: EntryPoint) -> tuple[ModuleType, Plugin]:
     module = point.load()
     if not isinstance(module, ModuleType):
         raise PluginError(f"entry point {point.name} = {point.value} is not a module")
-    origin = f"{point.dist.name} {point.dist.version}" if point.dist else point.value
+    origin = _name_and_version(point.dist) if point.dist else point.value
     return module, Plugin(point.name, origin, _file_digest(module))
+
+
+@functools.lru_cache(maxsize=16)
+def _name_and_version(distribution: Distribution) -> str:
+    """Kept, since each look at a distribution parses its metadata, and one may have many entry points."""
+    return f"{distribution.name} {distribution.version}"
 
 
 def _load_module(name: str, where: str) -> tuple[ModuleType, Plugin]:

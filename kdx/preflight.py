@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from kdx.backends import check_backends, computed_eagerly
+from kdx.backends import check_backends, computed_eagerly, named_graphs
 from kdx.batched import check_batching
-from kdx.calls import ModelCall
+from kdx.calls import ModelCall, NodeCall
 from kdx.checkpoint import load_weights
 from kdx.components import Dataset
 from kdx.data import Splits
@@ -17,7 +17,7 @@ from kdx.errors import ConfigError, did_you_mean
 from kdx.loop import make_metric, make_session
 from kdx.plan import Plan
 from kdx.reach import base_of
-from kdx.recall import RecallCall
+from kdx.recall import IdleCall
 from kdx.runtime import Runtime
 from kdx.seats import seat_of
 from kdx.taps import LOGITS
@@ -34,10 +34,22 @@ def check_ready(plan: Plan, dataset: Dataset, splits: Splits, runtime: Runtime) 
     for name, call in plan.teacher_models.items():
         seat_of(plan.spec.models[name].engine, runtime.device, call.where)
     check_backends(plan, runtime.device)
-    check_batching(plan, computed_eagerly(plan))
+    check_batching(plan, computed_eagerly(plan), graphs=bool(named_graphs(plan, plan.teacher_calls)))
     check_checkpoints(plan)
+    check_whole_batches(plan)
     check_monitor(plan, dataset, splits)
     make_session(plan.spec, plan, dataset, splits, runtime)
+
+
+def check_whole_batches(plan: Plan) -> None:
+    """Raise `ConfigError` where batches are split for a node that needs the whole of each."""
+    parts = plan.spec.train.accumulate
+    for call in plan.calls:
+        if parts > 1 and isinstance(call, NodeCall) and call.module.whole_batch:
+            raise ConfigError(
+                f"{call.where}: {type(call.module).name} needs all samples of a batch at once, but train.accumulate or "
+                f"train.micro_batch splits it into {parts} parts; expected 1"
+            )
 
 
 def check_checkpoints(plan: Plan) -> None:
@@ -45,7 +57,7 @@ def check_checkpoints(plan: Plan) -> None:
     for call in plan.calls:
         if isinstance(call, ModelCall):
             model = plan.spec.models[base_of(call.name)]
-            if model.engine.checkpoint is not None and not isinstance(call, RecallCall):
+            if model.engine.checkpoint is not None and not isinstance(call, IdleCall):
                 load_weights(call.module.network.net, Path(model.engine.checkpoint), f"{model.where}.checkpoint")
 
 

@@ -9,11 +9,15 @@ from kdx.cache_options import read_cache
 from kdx.errors import ConfigError
 from kdx.sections import ModelOptions, RootOptions, RuntimeOptions, TrainOptions
 
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
-MEASURED = "measured"
-"""The precision that an update takes the least time in."""
-UNMEASURED: dict[str, Any] = {"channels_last": False, "compile": False, "workers": 0}
-"""Settings that may be left to a measurement, and what they are without one."""
+PRECISIONS = ("fp32", "bf16", "fp16")
+UNMEASURED: dict[str, Any] = {
+    "device": None,
+    "precision": "fp32",
+    "channels_last": False,
+    "compile": False,
+    "workers": 0,
+}
+"""Settings that may be left to a measurement, in the order of the choice, and what they are without one."""
 LONGEST_NAME = 200
 """Bytes of a name, as the names of folders have an end."""
 AUTO, EAGER = "auto", "eager"
@@ -61,8 +65,8 @@ def check_ranges(root: RootOptions, train: TrainOptions, runtime: RuntimeOptions
         refuse("train.clip", train.clip, "a norm above 0")
     if train.ema is not None and not 0 < train.ema < 1:
         refuse("train.ema", train.ema, "a decay between 0 and 1")
-    if runtime.precision not in (*PRECISIONS, MEASURED):
-        refuse("runtime.precision", runtime.precision, f"one of {', '.join((*PRECISIONS, MEASURED))}")
+    if runtime.precision not in PRECISIONS:
+        refuse("runtime.precision", runtime.precision, f"one of {', '.join((AUTO, *PRECISIONS))}")
     if runtime.backend not in BACKENDS:
         refuse("runtime.backend", runtime.backend, f"one of {', '.join(BACKENDS)}")
     if runtime.teacher_batching not in ("auto", "never", "always"):
@@ -81,14 +85,13 @@ def check_ranges(root: RootOptions, train: TrainOptions, runtime: RuntimeOptions
 def split_measured(runtime: RuntimeOptions) -> tuple[RuntimeOptions, tuple[str, ...]]:
     """The options as they are without a measurement, and the names of those that one is to decide."""
     names = [name for name in UNMEASURED if getattr(runtime, name) == AUTO]
-    layouts = [name for name in names if name != "workers"]
+    layouts = [name for name in names if name in ("channels_last", "compile")]
     if runtime.teacher_batching == "always" and layouts:
         raise ConfigError(
             f"runtime.{layouts[0]}: found 'auto' beside `teacher_batching: always`, whose stacked weights do not go "
             "with it; expected false"
         )
-    plain = replace(runtime, **{name: UNMEASURED[name] for name in names})
-    return plain, (*(["precision"] if runtime.precision == MEASURED else []), *names)
+    return replace(runtime, **{name: UNMEASURED[name] for name in names}), tuple(names)
 
 
 def parts_for(batch: int, micro_batch: int) -> int:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Container, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kdx.calls import Key
@@ -81,6 +81,25 @@ def reach(spec: RunSpec, facts: DataFacts) -> Reach:
     found.unused = tuple(where for name, where in declared.items() if name not in live)
     found.unused += tuple(f"data.views.{name}" for name in spec.views if name not in found.views)
     return found
+
+
+def upstream(reached: Reach, item: str) -> list[str]:
+    """A live node and all that it reads, directly or through others, in dependence order."""
+    found: set[str] = set()
+    waiting = [item]
+    while waiting:
+        if (one := waiting.pop()) not in found:
+            found.add(one)
+            waiting += [key.partition(".")[0] for key in _keys(reached.arguments.get(one, {}))]
+    return [one for one in reached.order if one in found]
+
+
+def unasked(reached: Reach, stored: Container[str]) -> frozenset[str]:
+    """The models and targets that nothing but targets among `stored` reads: with these answers no batch needs them."""
+    known: dict[str, dict[str, Any]] = {name: {} for name in reached.nodes if name in stored}
+    cut = replace(reached, arguments={**reached.arguments, **known})
+    asked = {item for name in reached.nodes if name.startswith("losses.") for item in upstream(cut, name)}
+    return frozenset(reached.order) - asked
 
 
 def flat(borrowed: Mapping[str, Part | list[Part]]) -> list[Part]:

@@ -1,19 +1,22 @@
-"""What answers in place of a frozen teacher: rows of a cache, read with the batch and handed over in the step."""
+"""What answers in place of frozen teachers and targets: rows of a cache, read with a batch, handed over in the step."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from kdx.cache import Field, Store
-from kdx.calls import Key, ModelCall, Values
-from kdx.errors import KdxError
+from kdx.calls import Key, ModelCall, NodeCall, Values
+from kdx.errors import DataError, KdxError
 from kdx.taps import Tapped
 from kdx.types import Batch, Shape
+
+INPUTS = "inputs"
+"""The part of a target's cache that says of what it was made."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,28 @@ class Stored:
     def shapes(self) -> dict[str, Shape]:
         """The shape of each field of one sample."""
         return {name: self.field(name).shape for name in self.fields}
+
+    @cached_property
+    def keys(self) -> dict[str, Key]:
+        """File -> the key of its rows among the values of a batch."""
+        return {file: f"batch.{name}" for file, name in self.streams.items()}
+
+    @property
+    def inputs(self) -> dict[Key, Shape]:
+        """The shapes of all that a target was made of, directly or through others, by key. `DataError` without them."""
+        try:
+            return {str(key): tuple(map(int, shape)) for key, shape in self.store.meta.parts[INPUTS].items()}
+        except (KeyError, AttributeError, TypeError, ValueError) as error:
+            raise DataError(f"{self.store.folder} does not say what its target was made of; fill it anew") from error
+
+    def among(self, values: Values) -> bool:
+        """Whether the rows of a batch came with it."""
+        return all(key in values for key in self.keys.values())
+
+    def answers(self, values: Values) -> dict[str, Tensor]:
+        """Field -> what is stored for the samples of a batch, whose rows are among the values."""
+        rows = {file: values[key] for file, key in self.keys.items()}
+        return {field: self.field(field).decode(field, rows) for field in self.fields}
 
     def rows(self, index: Tensor, view: int) -> Batch:
         """The rows of samples (int64 [B], on the CPU) as streams of their batch, without a copy to the device."""
@@ -83,11 +108,11 @@ class Recall:
 
 
 class Recalled(Tapped):
-    """Stands for a network whose answers are stored. It holds no weights and is never run."""
+    """Stands for a network that no training batch needs. It holds no weights and is never run."""
 
-    def __init__(self, stored: Stored) -> None:
+    def __init__(self, wanted: tuple[str, ...]) -> None:
         torch.nn.Module.__init__(self)
-        self.wanted = stored.fields
+        self.wanted = wanted
         self.stages_meant: dict[str, str] = {}
 
     @property
@@ -101,29 +126,19 @@ class Recalled(Tapped):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecallCall(ModelCall):
-    """Gives what is stored for a training batch. Any other batch goes to the `live` call, which is made when it is
-    first asked for; None where the teacher has no net.
+class IdleCall(ModelCall):
+    """A frozen teacher that no training batch needs, for targets that are stored are all that reads it. Its network is
+    made (`live`) when it is first asked about another batch; None where the teacher has no net.
     """
 
-    stored: Stored
     live: Callable[[], ModelCall] | None
 
     @property
     def at_hand(self) -> bool:
         return self.live is not None
 
-    @cached_property
-    def _keys(self) -> dict[str, Key]:
-        return {file: f"batch.{name}" for file, name in self.stored.streams.items()}
-
     def run(self, values: Values) -> None:
-        if any(key not in values for key in self._keys.values()):
-            self._network().run(values)
-            return
-        rows = {file: values[key] for file, key in self._keys.items()}
-        for field in self.stored.fields:
-            values[f"{self.name}.{field}"] = self.stored.field(field).decode(field, rows)
+        self._network().run(values)
 
     def protect(self, values: Values) -> None:
         """Nothing that is stored can be changed in place."""
@@ -134,12 +149,51 @@ class RecallCall(ModelCall):
     def _network(self) -> ModelCall:
         if self.live is None:
             raise KdxError(
-                f"{self.where}: it answers from {self.stored.store.folder} alone, which holds no answers for samples "
-                "that are not of training, or not augmented as there; give the teacher a model, a `run` or a checkpoint"
+                f"{self.where}: it answers from a cache alone, which holds no answers for samples that are not of "
+                "training, or not augmented as there; give the teacher a model, a `run` or a checkpoint"
             )
         return self.live()
 
 
+@dataclass(frozen=True, kw_only=True)
+class RecallCall(IdleCall):
+    """Gives what is stored for a training batch. Any other batch goes to the network."""
+
+    stored: Stored
+
+    def run(self, values: Values) -> None:
+        if not self.stored.among(values):
+            self._network().run(values)
+            return
+        for field, answer in self.stored.answers(values).items():
+            values[f"{self.name}.{field}"] = answer
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecallTarget(NodeCall):
+    """Gives what is stored for a training batch. For any other batch the target is computed of what it reads."""
+
+    stored: Stored
+
+    def run(self, values: Values) -> None:
+        if not self.stored.among(values):
+            super().run(values)
+            return
+        for field, answer in self.stored.answers(values).items():
+            values[f"{self.name}.{field}"] = answer
+
+    def knobs(self) -> dict[str, Key]:
+        """None: what is stored moves no more."""
+        return {}
+
+
+def recalled(call: NodeCall, stored: Stored) -> RecallTarget:
+    """The target with its stored answers in place of what it would compute."""
+    own = {item.name: getattr(call, item.name) for item in fields(NodeCall)}
+    gives = tuple(f"{call.name}.{field}" for field in stored.fields)
+    return RecallTarget(**{**own, "gives": gives}, stored=stored)
+
+
 def stored_of(calls: Iterable[object]) -> tuple[Stored, ...]:
     """What is stored for the calls of a plan."""
-    return tuple(call.stored for call in calls if isinstance(call, RecallCall))
+    return tuple(call.stored for call in calls if isinstance(call, (RecallCall, RecallTarget)))

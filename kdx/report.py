@@ -17,8 +17,6 @@ from kdx.files import write_text
 from kdx.formats import NONE, count, milliseconds, percent, points, ratio, whole
 from kdx.history import History, read_history
 from kdx.measure import Size
-from kdx.page import page
-from kdx.plots import draw_confusion, draw_curves
 from kdx.report_teachers import agreement_cells
 from kdx.report_text import report_text
 from kdx.result import Result, from_dict, read_result
@@ -34,6 +32,9 @@ def write_report(folder: Path) -> Path:
     It reads only files: those of the folder, and the curve of the plain student, whose run lies beside it. Raises
     `CheckpointError` if `result.json` or another of them is missing, torn or not of a run.
     """
+    from kdx.page import page  # what draws and lays out is loaded after training, not before
+    from kdx.plots import draw_confusion, draw_curves
+
     result = read_result(folder)
     plain = result.plain.folder if result.plain is not None else None
     plain_history = read_history(folder.parent / plain) if plain else History()

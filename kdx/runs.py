@@ -16,8 +16,9 @@ from rich.console import Console
 from torch import nn
 
 from kdx.builtin.watchers import JsonLines, Progress, TensorBoard
-from kdx.cache_fill import fill, held, incomplete, opened
+from kdx.cache_fill import fill, held
 from kdx.cache_key import Wanted, caches
+from kdx.cache_targets import lacking_for, opened_for, target_caches
 from kdx.checkpoint import checked_sum, load_state, load_weights
 from kdx.components import Dataset, Network
 from kdx.config import to_yaml
@@ -27,18 +28,20 @@ from kdx.derive import expand_runs, plain_config, with_networks
 from kdx.distributed import the_group
 from kdx.errors import CheckpointError, ConfigError
 from kdx.files import full_disk_is_said, remove_folder, write_text
+from kdx.garbage import as_usual
 from kdx.identity import environment, run_hash
 from kdx.locks import locked
 from kdx.loop import Session, Watchers, make_session, training
 from kdx.micro_batch import fit
 from kdx.options import plain_options
 from kdx.outcome import conclude, run_row
+from kdx.overlap import overlap
 from kdx.plan import Plan, make_plan
 from kdx.plugins import Registry, compile_hook, discover
 from kdx.preflight import check_ready
 from kdx.randomness import own_randomness
 from kdx.reach import Reach, reach
-from kdx.report import write_report
+from kdx.report import environment_of, write_report
 from kdx.result import FILE as RESULT
 from kdx.result import Result, read_result, write_result
 from kdx.resume import restore
@@ -137,7 +140,13 @@ def prepare(
     if spec.root.baseline and (derived := plain_config(spec, reached.models, splits)) is not None:
         own = {name: net for name, net in options.networks.items() if name == "student"}
         plain = prepare(derived, replace(options, networks=own), registry=registry)
-    stored = caches(spec, dataset, splits, reached, hashes)
+    stored = {
+        **caches(spec, dataset, splits, reached, hashes), **target_caches(spec, dataset, splits, reached, hashes)
+    }  # fmt: skip
+    stored = {
+        item: replace(one, runs=tuple(needs[name].folder for name in sorted(one.teachers & needs.keys())))
+        for item, one in stored.items()
+    }
     return Prepared(spec, dataset, splits, sample, reached, digest, folder, needs, plain, given, stored)
 
 
@@ -170,7 +179,7 @@ def build_plan(prepared: Prepared, options: Options, *, trained: bool, device: t
         ready=ready if trained else None,
         networks=_copies(networks),
         classes={name: need.splits.facts.classes for name, need in prepared.needs.items() if name in spec.teachers},
-        stored=opened(prepared.caches, prepared.splits, verify=trained),
+        stored=opened_for(prepared.caches, prepared.reached, prepared.splits, verify=trained),
     )
     check_answer(plan, {name: value[:2].to(device or "cpu") for name, value in prepared.sample.items()})
     compile_hook(spec.registry, "kdx_plan_ready")(plan)
@@ -178,13 +187,12 @@ def build_plan(prepared: Prepared, options: Options, *, trained: bool, device: t
 
 
 def fill_caches(prepared: Prepared, options: Options, runtime: Runtime) -> None:
-    """Fill the caches that a run reads and that are not complete, from its teachers, whose own runs are finished."""
-    wanted = prepared.caches.values()
-    if not incomplete(wanted):
-        return
-    with held(incomplete(wanted), lambda text: _say(options, text)):
-        missing = incomplete(wanted)  # another process may just have filled them
-        if missing:
+    """Fill what a run reads and no cache holds, from its teachers, whose own runs are finished."""
+    needed = prepared.caches, prepared.reached, prepared.splits
+    while missing := lacking_for(*needed):
+        with held(missing, lambda text: _say(options, text)):
+            if lacking_for(*needed) != missing:  # another process has just filled some of it
+                continue
             plan = build_plan(prepared, options, trained=True, device=runtime.device)
             fill(plan, missing, prepared.dataset, prepared.splits, runtime, options.console, quiet=options.quiet)
 
@@ -312,7 +320,7 @@ def _train(prepared: Prepared, options: Options) -> Generator[None, None, Result
         _say(options, f"{folder.name}: goes on after update {session.step} of {session.steps}")
     about["runtime"] = chosen.why
     about["micro_batch"] = fit(session, None if state is None else state["accumulate"])
-    about["teacher_calls"] = decide(session, None if state is None else state["teacher_ways"])
+    about["teacher_calls"] = decide(session, None if state is None else state["teacher_ways"]) + overlap(session)
     for line in (*chosen.lines, *about["micro_batch"], *about["teacher_calls"]):
         _say(options, f"{folder.name}: {line}")
     if group.leads:
@@ -326,6 +334,7 @@ def _train(prepared: Prepared, options: Options) -> Generator[None, None, Result
         hook("kdx_run_start")(info)
         try:
             if session.step < session.steps:
+                as_usual()
                 watchers = Watchers(
                     hook("kdx_step_end"), hook("kdx_eval_end"), saver.improved, saver.save, stop, saver.is_due
                 )
@@ -362,7 +371,8 @@ def _chosen(prepared: Prepared, options: Options, state: Mapping[str, Any] | Non
         fit(session, None)
         return session
 
-    return choose(prepared.spec, make, None if state is None else state["settings"])
+    plain = None if prepared.plain is None else environment_of(prepared.plain.folder).get("precision")
+    return choose(prepared.spec, make, None if state is None else state["settings"], plain=plain)
 
 
 def _clear(folder: Path, command: str) -> None:

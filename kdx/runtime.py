@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from kdx.components import Network
-from kdx.devices import DTYPES, pick_precision
+from kdx.devices import DTYPES, check_precision
 from kdx.distributed import the_group
-from kdx.errors import ConfigError
+from kdx.errors import ConfigError, PluginError
 from kdx.nonfinite import Faults
+from kdx.optim import bare_step
 from kdx.parallel import Parallel, pick_own_device
 from kdx.sections import RuntimeOptions
 from kdx.shards import local
@@ -30,14 +31,16 @@ class Runtime(Engine):
         self.options = options
         self.group = the_group()
         self.device = pick_own_device(options.device)
-        self.precision = pick_precision(options.precision, self.device)
+        self.precision = options.precision
+        check_precision(self.precision, self.device)
         self.stopwatch = Stopwatch(self.device)
+        self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._dtype = DTYPES.get(self.precision)
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self._clip: float | None = None
         self._parallel = Parallel(self.group, options.parallel)
         self._stepped = False
-        self.faults = Faults(self.device, self.group.average)
+        self.faults = Faults(self.device, self.group.average if self.group.size > 1 else None)
         if options.threads is not None:
             torch.set_num_threads(options.threads)
 
@@ -76,6 +79,7 @@ class Runtime(Engine):
         ]
         self._shared = self._parallel.left_over(learner, [*own])
         self.optimizer = optimizer
+        self._step = bare_step(optimizer)
         self._clip = clip
         self._decides = getattr(optimizer, "_step_supports_amp_scaling", False) and not self._scaler.is_enabled()
         if self._decides:  # a fused optimizer reads on the device whether it is to do nothing
@@ -90,9 +94,18 @@ class Runtime(Engine):
             module.compile()
 
     def move(self, batch: Batch) -> Batch:
-        """A batch on the device."""
-        if self.device.type == "cuda":
-            return {name: value.pin_memory().to(self.device, non_blocking=True) for name, value in batch.items()}
+        """A batch on the device.
+
+        The host is ahead of a GPU: what it copies on a stream of its own arrives while updates before are computed.
+        """
+        if self._copies is not None:
+            present = torch.cuda.current_stream(self.device)
+            with torch.cuda.stream(self._copies):
+                moved = {name: value.pin_memory().to(self.device, non_blocking=True) for name, value in batch.items()}
+            present.wait_stream(self._copies)
+            for value in moved.values():
+                value.record_stream(present)  # its memory is that of the stream that copies
+            return moved
         if self.device.type == "cpu":
             return batch
         return {name: value.to(self.device) for name, value in batch.items()}
@@ -127,7 +140,8 @@ class Runtime(Engine):
             self._scaler.step(self.optimizer)
             self._scaler.update()
         elif self._may_step():
-            self.optimizer.step()
+            with torch.no_grad():
+                self._step()
             self._stepped = True
         for weight in self._trained:  # as `zero_grad` does, without its record for profilers
             weight.grad = None
@@ -173,8 +187,10 @@ class Runtime(Engine):
                 else:
                     weight.grad.add_(gradient)
 
-    def look(self, batch: Batch, evaluate: Callable[[Mapping[str, Tensor], Batch | None], Losses]) -> None:
-        """Take the micro-batch that the updater sees next, and what evaluates the learner on it."""
+    def look(
+        self, batch: Batch, evaluate: Callable[[Mapping[str, Tensor], Batch | None], Losses] | None = None
+    ) -> None:
+        """Take the micro-batch that the updater sees next, and what evaluates the learner on it if it looks ahead."""
         self._batch, self._evaluate = batch, evaluate
 
     @property
@@ -197,6 +213,8 @@ class Runtime(Engine):
                 f"train.updater: it tries the learner on other samples than those of the update, which "
                 f"{self.group.size} processes do not allow; start kdx without torchrun"
             )
+        if self._evaluate is None:
+            raise PluginError("train.updater: it asks for `engine.losses`, but its class does not say `eager = True`")
         return self.group.over_all(self._evaluate(weights, batch))
 
     def state(self) -> dict[str, object]:
@@ -210,6 +228,39 @@ class Runtime(Engine):
             self._scaler.load_state_dict(scaler)
 
 
+class _Phase:
+    """Adds the time of a block to a phase; made once, as it is entered several times in every update."""
+
+    def __init__(self, watch: Stopwatch, name: str) -> None:
+        self._watch = watch
+        self._name = name
+        self._began = 0.0
+
+    def __enter__(self) -> None:
+        self._began = time.perf_counter()
+
+    def __exit__(self, *error: object) -> None:
+        self._watch.add(self._name, time.perf_counter() - self._began)
+
+
+class _CudaPhase:
+    """The same for a GPU, by events on the stream that is in use."""
+
+    def __init__(self, watch: Stopwatch, name: str, device: torch.device) -> None:
+        self._watch = watch
+        self._name = name
+        self._device = device
+
+    def __enter__(self) -> None:
+        self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        self._stream = torch.cuda.current_stream(self._device)  # not that of the first GPU
+        self._start.record(self._stream)
+
+    def __exit__(self, *error: object) -> None:
+        self._end.record(self._stream)
+        self._watch.events.append((self._name, self._start, self._end))
+
+
 class Stopwatch:
     """Seconds spent in named phases; on a GPU by events, which do not make the host wait."""
 
@@ -217,22 +268,16 @@ class Stopwatch:
         self._device = device
         self._cuda = device.type == "cuda"
         self._seconds: dict[str, float] = {}
-        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._phases: dict[str, _Phase | _CudaPhase] = {}
+        self.events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Add the time of the block to `name`."""
-        if self._cuda:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            stream = torch.cuda.current_stream(self._device)  # not that of the first GPU
-            start.record(stream)
-            yield
-            end.record(stream)
-            self._events.append((name, start, end))
-            return
-        began = time.perf_counter()
-        yield
-        self.add(name, time.perf_counter() - began)
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Add the time of the block to `name`; a phase is not entered within itself."""
+        found = self._phases.get(name)
+        if found is None:
+            found = _CudaPhase(self, name, self._device) if self._cuda else _Phase(self, name)
+            self._phases[name] = found
+        return found
 
     def add(self, name: str, seconds: float) -> None:
         """Add seconds measured elsewhere."""
@@ -240,9 +285,9 @@ class Stopwatch:
 
     def seconds(self) -> dict[str, float]:
         """The seconds by phase so far. Waits for the device."""
-        if self._events:
+        if self.events:
             torch.cuda.synchronize(self._device)
-            for name, start, end in self._events:
+            for name, start, end in self.events:
                 self.add(name, start.elapsed_time(end) / 1000.0)
-            self._events.clear()
+            self.events.clear()
         return dict(self._seconds)

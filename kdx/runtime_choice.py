@@ -1,7 +1,7 @@
 """Chooses the settings of `runtime` that a config leaves to a measurement, before a run starts.
 
-One after another: precision, layout, compilation, reading processes. Each is tried on whole updates of sessions that
-are thrown away, in turn with the best that was found before it, and taken only where it is clearly faster.
+One after another: device, precision, layout, compilation, reading processes. Each is tried on whole updates
+of sessions that are thrown away, in turn with the best that was found before it, and taken only where it is faster.
 """
 
 from __future__ import annotations
@@ -9,27 +9,27 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
-from kdx.data import Loader
+from kdx.devices import DTYPES, low_precision, pick_device, present_devices
 from kdx.distributed import the_group
-from kdx.errors import KdxError
+from kdx.errors import ConfigError, KdxError
 from kdx.formats import duration, milliseconds
+from kdx.loader import Loader
 from kdx.loop import Session, step
-from kdx.ranges import AUTO
+from kdx.parallel import pick_own_device
+from kdx.ranges import AUTO, PRECISIONS, UNMEASURED
 from kdx.report import environment_of
 from kdx.sections import RuntimeOptions
 from kdx.spec import RunSpec
 from kdx.types import Batch
 
-SETTINGS = ("precision", "channels_last", "compile", "workers")
-"""What may be left to a measurement, in the order of the choice."""
 ROUNDS = 5
 """How often each of two is timed, in turn."""
 GAIN = 0.95
@@ -38,6 +38,12 @@ PRECISION_GAIN = 0.8
 """So must a lower precision, which changes numbers by more than rounding."""
 HOPELESS = 1.5
 """A setting that takes more than so many times as long in its second update is not timed any further."""
+FAR = 4.0
+"""A CPU whose products of matrices alone would take so many times as long as an update elsewhere is not tried."""
+CLEARLY = 0.5
+"""Where no update can be timed, products of matrices must take less than this part of the time in a lower precision."""
+SIDE = 512
+"""Rows and columns of the matrices whose products are timed."""
 WORTH_COMPILING = 900.0
 """How many seconds a training must take for compilation to be tried, which itself takes up to some minutes."""
 WORTH_READING = 0.05
@@ -62,41 +68,55 @@ def choose(
     make: Callable[[RuntimeOptions], Session],
     known: Mapping[str, Any] | None = None,
     *,
+    plain: str | None = None,
+    devices: Sequence[str] | None = None,
     worth_compiling: float = WORTH_COMPILING,
 ) -> Chosen:
     """Choose what `spec` leaves open; a resumed run takes what it began with (`known`).
 
-    `make` gives a session with some settings that may be trained and thrown away. Several processes measure nothing.
+    `make` gives a session with some settings that may be trained and thrown away. `plain` is the precision of the plain
+    student, which a run that is compared with it takes as well. `devices` are those to choose from, in place of all
+    that are here. Several processes time no updates.
     """
     options, measured = spec.runtime, spec.measured
     if not measured:
         return Chosen(options, {})
     if known is not None:
-        began = {name: known[name] for name in measured}
-        why = {name: f"{_text(value)}, as the run began" for name, value in began.items()}
-        return Chosen(replace(options, **began), why)
+        return _as_begun(options, {name: known.get(name) for name in measured})
     if the_group().size > 1:
-        return Chosen(options, dict.fromkeys(measured, "not measured, as several processes train together"))
+        return _for_several(options, measured, plain)
+    why: dict[str, str] = {}
+    if "precision" in measured and plain is not None:
+        options = replace(options, precision=plain)
+    here = devices or present_devices()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        first = make(replace(options, precision="fp32") if "precision" in measured else options)
-        trial = _Trial(first, make)
-        why = {}
-        if options.device == AUTO:
-            why["device"] = f"{first.runtime.device}, the first of GPU and CPU that is there"
+        trial = _Trial(make(replace(options, device=here[0]) if "device" in measured else options), make)
+        if "device" in measured:
+            why["device"] = _device(trial, here[1:])
         if "precision" in measured:
-            why["precision"] = _precision(trial)
+            why["precision"] = _precision(trial) if plain is None else _as_plain(plain)
         if "channels_last" in measured:
             why["channels_last"] = _channels_last(trial)
         if "compile" in measured:
             why["compile"] = _compile(trial, worth_compiling)
         if "workers" in measured:
             why["workers"] = _workers(trial)
-    return Chosen(trial.best.spec.runtime, why)
+    best = trial.best.spec.runtime
+    return Chosen(best, {**why, **_batching(spec, best)})
 
 
 def settings(spec: RunSpec) -> dict[str, Any]:
     """What a checkpoint keeps of the choice."""
-    return {name: getattr(spec.runtime, name) for name in SETTINGS}
+    return {name: getattr(spec.runtime, name) for name in UNMEASURED}
+
+
+def check_shared_precision(spec: RunSpec) -> None:
+    """Raise `ConfigError` where each of several runs that are compared would measure a precision of its own."""
+    if "precision" in spec.measured:
+        raise ConfigError(
+            "runtime.precision: found 'auto', which may come to something else in each run that is compared; expected "
+            f"one of {', '.join(PRECISIONS)}, beside whatever else is left open"
+        )
 
 
 def choice_remarks(spec: RunSpec, folder: Path) -> Iterator[str]:
@@ -111,13 +131,37 @@ def choice_remarks(spec: RunSpec, folder: Path) -> Iterator[str]:
     yield from about.get("teacher_calls") or ()
 
 
+def _as_begun(options: RuntimeOptions, began: dict[str, Any]) -> Chosen:
+    """The settings that a run began with; on another kind of device only where its own is not here."""
+    why = {name: f"{_text(value)}, as the run began" for name, value in began.items()}
+    if "device" in began and began["device"] not in present_devices():
+        began["device"] = None
+        why["device"] = f"{pick_device(None)}, the first that is here; what the run began on is not"
+    return Chosen(replace(options, **began), why)
+
+
+def _for_several(options: RuntimeOptions, measured: Sequence[str], plain: str | None) -> Chosen:
+    """The settings of several processes that train together: the precision by products of matrices alone."""
+    device = pick_own_device(options.device)
+    why = {name: f"{_text(getattr(options, name))}, not measured" for name in measured}
+    if "device" in why:
+        why["device"] = f"{device.type}, the first that is here"
+    if "precision" in why and plain is not None:
+        options, why["precision"] = replace(options, precision=plain), _as_plain(plain)
+    elif "precision" in why and (low := low_precision(device)) is not None:
+        times = the_group().agreed(_half_of_products(device, low))
+        options = replace(options, precision=low if times < CLEARLY else "fp32")
+        why["precision"] = f"{options.precision}, as products of matrices take {times:.2g} times as long in {low}"
+    return Chosen(options, {name: f"{text}; several processes train together" for name, text in why.items()})
+
+
 class _Trial:
     """The best session so far, on a batch that all have in common."""
 
     def __init__(self, first: Session, make: Callable[[RuntimeOptions], Session]) -> None:
         self.best = first
         self._make = make
-        self.batch: Batch = first.feed.at(0)
+        self._batch: Batch = first.feed.at(0)
         self.best.learner.train()
         for _ in range(2):  # the first updates make the state of the optimizer
             self._seconds(self.best)
@@ -148,38 +192,76 @@ class _Trial:
             return found, True
         return found, False
 
+    def operations(self) -> int:
+        """The floating-point operations of an update of the best session, as torch counts them."""
+        with FlopCounterMode(display=False) as counter:
+            self._seconds(self.best)
+        return int(counter.get_total_flops())
+
     def _seconds(self, session: Session) -> float:
+        device = session.runtime.device
+        batch = {name: value.to(device) for name, value in self._batch.items()}
         session.runtime.wait()
         began = time.perf_counter()
-        step(session, self.batch, session.knobs.at(session.clock))
+        step(session, batch, session.knobs.at(session.clock))
         session.runtime.wait()
         return time.perf_counter() - began
 
 
+def _device(trial: _Trial, others: Sequence[str]) -> str:
+    """Try other devices than that of the best session, and say what came of it."""
+    first = str(trial.best.spec.runtime.device)
+    if not others:
+        return f"{first}, the only one here"
+    times, notes = {first: trial.ms}, []
+    for name in others:
+        least = 1000 * trial.operations() / _operations_a_second(torch.device(name)) if name == "cpu" else 0.0
+        if least > FAR * trial.ms:
+            notes.append(f"{name} not tried, as its products of matrices alone would take {milliseconds(least)}")
+            continue
+        try:
+            times[name], _ = trial.against(GAIN, device=name)
+        except Exception as error:
+            notes.append(f"{name} does not work: {_reason(error)}")
+    best = str(trial.best.spec.runtime.device)
+    slower = [f"{name} {milliseconds(ms)}" for name, ms in times.items() if name != best]
+    return "; ".join([f"{best}, {milliseconds(trial.ms)} an update", *slower, *notes])
+
+
 def _precision(trial: _Trial) -> str:
     device = trial.best.runtime.device
-    if device.type == "mps":
+    low = low_precision(device)
+    if low is None:
         return "fp32, the only one that is tried there"
-    low = "bf16" if device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if device.type == "cpu" and (times := _half_of_products()) > 1:
-        return f"fp32, as products of matrices take {times:.2g} times as long in bf16"
+    if device.type == "cpu" and (times := _half_of_products(device, low)) > 1:
+        return f"fp32, as products of matrices take {times:.2g} times as long in {low}"
     return _told(trial, low, "fp32", {"precision": low}, PRECISION_GAIN)
 
 
-def _half_of_products() -> float:
-    """How many times as long a product of matrices takes on the CPU in bf16."""
+def _as_plain(precision: str) -> str:
+    return f"{precision}, as the plain student has it"
 
-    def seconds(matrix: Tensor) -> float:
+
+def _half_of_products(device: torch.device, low: str) -> float:
+    """How many times as long a product of matrices takes on a device in a lower precision."""
+    return _product(device, DTYPES[low]) / _product(device, torch.float32)
+
+
+def _operations_a_second(device: torch.device) -> float:
+    return 2 * SIDE**3 / _product(device, torch.float32)
+
+
+def _product(device: torch.device, dtype: torch.dtype) -> float:
+    """The seconds of a product of two matrices."""
+    matrix = torch.rand(SIDE, SIDE, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+
+    def multiply() -> None:
         matrix @ matrix
-        times = []
-        for _ in range(ROUNDS):
-            began = time.perf_counter()
-            matrix @ matrix
-            times.append(time.perf_counter() - began)
-        return statistics.median(times)
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
 
-    matrix = torch.rand(512, 512, generator=torch.Generator().manual_seed(0))
-    return seconds(matrix.bfloat16()) / seconds(matrix)
+    multiply()
+    return statistics.median(_timed(multiply) for _ in range(ROUNDS)) / 1000
 
 
 def _channels_last(trial: _Trial) -> str:
@@ -202,11 +284,25 @@ def _told(trial: _Trial, new: Any, old: Any, change: Mapping[str, Any], gain: fl
     except KdxError as error:
         return f"{_text(old)}: {error}"
     except Exception as error:  # compilers raise anything, and memory may be short
-        lines = str(error).strip().splitlines() or ["no reason given"]
-        return f"{_text(old)}, as {_text(new)} does not work: {type(error).__name__}: {lines[0]}"
+        return f"{_text(old)}, as {_text(new)} does not work: {_reason(error)}"
     now, than = (new, old) if taken else (old, new)
     mine, other = (found, before) if taken else (trial.ms, found)
     return f"{_text(now)}, {milliseconds(mine)} an update; {_text(than)} {milliseconds(other)}"
+
+
+def _batching(spec: RunSpec, chosen: RuntimeOptions) -> dict[str, str]:
+    """Why teachers will not be one call, where a layout that was just chosen excludes it."""
+    layouts = [name for name in ("channels_last", "compile") if name in spec.measured and getattr(chosen, name)]
+    several = sum(teacher.frozen for teacher in spec.teachers.values()) > 1
+    if chosen.teacher_batching != AUTO or not layouts or not several:
+        return {}
+    return {"teacher_batching": f"never, as stacked weights do not go with {' and '.join(layouts)}"}
+
+
+def _reason(error: Exception) -> str:
+    """An error in one line."""
+    lines = str(error).strip().splitlines() or ["no reason given"]
+    return lines[0] if isinstance(error, KdxError) else f"{type(error).__name__}: {lines[0]}"
 
 
 def _workers(trial: _Trial) -> str:

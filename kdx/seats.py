@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from kdx.devices import DTYPES, pick_device, pick_precision
+from kdx.devices import DTYPES, check_precision, pick_device
 from kdx.sections import ModelOptions
 from kdx.types import Batch
 
@@ -95,8 +95,9 @@ def seat_of(options: ModelOptions, home: torch.device | None, where: str) -> Sea
     if home is None:
         return Seat(torch.device("cpu"), torch.device("cpu"), options.offload is not None)
     device = home if options.device is None else pick_device(options.device, f"{where}.device")
-    precision = options.precision and pick_precision(options.precision, device, f"{where}.precision")
-    return Seat(device, home, options.offload is not None, precision)
+    if options.precision is not None:
+        check_precision(options.precision, device, f"{where}.precision")
+    return Seat(device, home, options.offload is not None, options.precision)
 
 
 def _stored(network: nn.Module) -> Iterator[Tensor]:

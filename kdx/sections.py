@@ -43,19 +43,21 @@ class TrainOptions:
 class RuntimeOptions:
     """The `runtime` section: where and how a run computes. Only `precision` changes its numbers by more than rounding.
 
-    `teacher_batching` says whether frozen teachers of one architecture are one batched call: `auto` times either way
-    on a training batch when a run starts and says what it found, `always` and `never` do not ask. `backend` is what
-    computes frozen teachers that name none of their own.
+    `teacher_batching` says whether several frozen teachers are one call: those of one architecture a batched call of
+    the nets, those that read the same streams one graph of their backend. `auto` times either way on a training batch
+    when a run starts and says what it found (graphs with `backend: auto` alone), `always` and `never` do not ask.
+    `backend` is what computes frozen teachers that name none of their own.
 
-    `auto` for `channels_last`, `compile` and `workers`, and `measured` for `precision`, leave the choice to a
-    measurement when a run starts. `runtime: auto` leaves all of these open, and `backend`.
+    `auto` for `device`, `precision`, `channels_last`, `compile` and `workers` leaves the choice to a measurement when a
+    run starts; `runtime: auto` leaves all of these open, and `backend`. Without `device` a run computes on the first of
+    GPU, MPS and CPU that is there.
 
     `parallel` says how several processes train together: `ddp` keeps all weights on each, `fsdp` spreads weights,
     gradients and the state of the optimizer over them; `auto` is `ddp` where there are several.
     """
 
-    device: str = "auto"
-    precision: str = "auto"
+    device: str | None = None
+    precision: str = "fp32"
     channels_last: Any = False
     compile: Any = False
     workers: Any = 0
@@ -132,10 +134,13 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class NodeOptions:
-    """What every node may say besides the options of its component: how its own parameters are trained.
+    """What every node may say besides the options of its component: how its own parameters are trained, and whether the
+    answers of a target are stored.
 
-    `lr_scale` multiplies the learning rate; `weight_decay` stands in for that of `train`.
+    `lr_scale` multiplies the learning rate; `weight_decay` stands in for that of `train`. With `cache` the answers of a
+    target that learns nothing are stored once and read in place of it and of the teachers that it alone reads.
     """
 
     lr_scale: float = 1.0
     weight_decay: float | None = None
+    cache: Any = None

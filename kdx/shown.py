@@ -61,10 +61,9 @@ def read_knobs(calls: Iterable[Call]) -> dict[str, Key]:
     found: dict[str, Key] = {}
     for call in calls:
         if isinstance(call, NodeCall):
-            own = {name: call.arguments[name] for name in call.module.knobs} | {"weight": call.weight or None}
-            for name, key in own.items():
+            for name, key in call.knobs().items():
                 path = f"{call.where}.{name}"
-                if isinstance(key, str) and key != path:
+                if key != path:
                     found[path] = key
     return found
 
@@ -128,10 +127,13 @@ class Tally:
         self._sums: dict[Key, Tensor] = {}
         self._members: dict[Key, Tensor] = {}
 
+    @property
+    def any(self) -> bool:
+        """Whether there is anything to add up."""
+        return bool(self._shown)
+
     def add(self, batch: Batch, values: Mapping[Key, Tensor]) -> None:
         """Take in the values for a batch or a part of one."""
-        if not self._shown:
-            return
         size = len(batch["index"])
         member = self._membership(batch)
         for key, one in self._shown.items():

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from kdx.cache_options import STORED, split_views
+from kdx.cache_options import STORED, read_cache, split_views
 from kdx.components import OPTIONAL, REQUIRED, Knob, Many, Node, Schedule
 from kdx.data import SplitOptions
 from kdx.errors import ConfigError, KdxError, did_you_mean
 from kdx.optim import read_optimizer
 from kdx.options import plain_options, read_options
 from kdx.plugins import Entry, Registry
-from kdx.ranges import AUTO, UNMEASURED, check_model, check_names, check_ranges, split_measured, with_parts
+from kdx.ranges import AUTO, check_model, check_names, check_ranges, split_measured, with_parts
 from kdx.sections import ModelOptions, NodeOptions, RootOptions, RuntimeOptions, TrainOptions
 from kdx.types import Clock
 
@@ -91,7 +91,7 @@ class RunSpec:
     registry: Registry
     view_count: int | None = None
     measured: tuple[str, ...] = ()
-    """The settings of `runtime` that a measurement decides."""
+    """The settings of `runtime` that a measurement decides; `runtime` holds what they are without one."""
 
     @property
     def models(self) -> dict[str, ModelSpec]:
@@ -200,7 +200,7 @@ def full_config(spec: RunSpec) -> dict[str, Any]:
     }
     updater = {"use": spec.updater.entry.component.name, **plain_options(spec.updater.options)}
     config["train"] = {**asdict(spec.train), "lr": knob_config(spec.lr), "updater": updater}
-    config["runtime"] = {**asdict(spec.runtime), **{name: AUTO for name in spec.measured if name in UNMEASURED}}
+    config["runtime"] = {**asdict(spec.runtime), **dict.fromkeys(spec.measured, AUTO)}
     return config
 
 
@@ -301,6 +301,8 @@ def _node(section: str, name: str, options: Any, registry: Registry) -> NodeSpec
     engine = read_options(NodeOptions, {key: rest.pop(key) for key in own if key in rest}, where)
     if not engine.lr_scale >= 0 or not (engine.weight_decay or 0) >= 0:
         raise ConfigError(f"{where}: lr_scale and weight_decay are 0 or more")
+    if read_cache(engine.cache, f"{where}.cache") is not None and section != "targets":
+        raise ConfigError(f"{where}.cache: only the answers of teachers and targets are stored; leave it out")
     known = {item.name for item in fields(component.Config)}
     for key in rest:
         if key not in known:

@@ -18,6 +18,7 @@ from kdx.group import Group
 from kdx.plan import Plan
 from kdx.presence import ALWAYS
 from kdx.reach import base_of
+from kdx.recall import RecallTarget
 from kdx.shards import is_spread, shard_frozen
 from kdx.synced_norm import sync_norms
 
@@ -95,6 +96,8 @@ def lends(plan: Plan) -> bool:
 
 def _needs_all(call: Call) -> bool:
     """Whether a node cannot work on the samples of one process: a mean over those present needs all of them."""
+    if isinstance(call, RecallTarget):
+        return False  # a target that is stored looks at no other sample
     return isinstance(call, NodeCall) and not (says_separable(type(call.module)) and call.presence == ALWAYS)
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from scipy import stats
 
 CONFIDENCE = 0.95
 RESAMPLES = 9999
@@ -50,6 +49,8 @@ def p_value(differences: Sequence[float]) -> float | None:
     """The two-sided p of the paired t-test, None where all differences are equal or there are fewer than two."""
     if len(differences) < 2 or statistics.stdev(differences) == 0:
         return None
+    from scipy import stats
+
     return float(stats.ttest_1samp(differences, 0.0).pvalue)
 
 
@@ -62,6 +63,8 @@ def corrected(p_values: Mapping[str, float | None]) -> dict[str, float]:
     known = {name: p for name, p in p_values.items() if p is not None}
     if not known:
         return {}
+    from scipy import stats
+
     return {name: float(p) for name, p in zip(known, stats.false_discovery_control([*known.values()]), strict=True)}
 
 
@@ -81,6 +84,8 @@ def _interval(values: tuple[float, ...]) -> tuple[float, float] | None:
     """By the percentiles (Efron, 1979): with three values, the corrected kind (BCa) leaves one of them out."""
     if len(set(values)) < 2:
         return None
+    from scipy import stats  # takes most of a second, which no training waits for
+
     found = stats.bootstrap(
         (np.asarray(values),),
         np.mean,

@@ -16,6 +16,7 @@ from kdx.loop import length
 from kdx.options import read_options
 from kdx.result import Result, read_result
 from kdx.runs import Options, Prepared, check_run, family, finished, prepare
+from kdx.runtime_choice import check_shared_precision
 from kdx.spec import full_config
 from kdx.table import plan_text
 
@@ -117,6 +118,7 @@ def plan_study(study: Study, options: Options, overrides: Sequence[str] = ()) ->
                 trials.append(Trial(variant.name, seed, load(variant.path, layers)))
                 if seed == study.seeds[0]:  # other seeds have the same plans
                     prepared = prepare(trials[-1].config, options)
+                    check_shared_precision(prepared.spec)
                     plans[variant.name] = _checked_plan(prepared, options, checked)
                     bases[variant.name] = _basis(prepared)
             except KdxError as error:

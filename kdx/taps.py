@@ -183,8 +183,10 @@ class Tapped(nn.Module):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The wanted fields for the streams of `batch`."""
-        streams = [self.network.prepare(batch[stream]) for stream in self.network.streams]
-        captured = self._captured
+        network, captured = self.network, self._captured
+        streams = [batch[stream] for stream in network.streams]
+        if type(network.prepare) is not nn.Identity:
+            streams = [network.prepare(stream) for stream in streams]
         captured.active = True
         try:
             found = self._run(streams)

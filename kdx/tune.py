@@ -13,6 +13,7 @@ from kdx.config import absolute_paths, load, nested, overlay, parse_override, re
 from kdx.errors import ConfigError, KdxError, did_you_mean
 from kdx.options import read_options
 from kdx.runs import Options, Prepared, check_run, family, finished, prepare
+from kdx.runtime_choice import check_shared_precision
 from kdx.spec import full_config
 
 SAMPLERS = ("tpe", "random")
@@ -161,6 +162,7 @@ def check_search(search: Search, options: Options) -> Ground:
     """Refuse what can be refused before anything trains: every choice and both ends of every range are planned."""
     config = load(search.base, search.layers)
     ground = prepare({**config, "baseline": False}, options)
+    check_shared_precision(ground.spec)
     train = ground.spec.train
     if ground.splits.val is None:
         raise ConfigError(f"{search.base.name}: there is no validation split to judge trials by; see data.validation")
@@ -172,6 +174,7 @@ def check_search(search: Search, options: Options) -> Ground:
     for changed, point in _corners(search.space):
         try:
             prepared = prepare_trial(search, found, point, seeds[0], options)
+            check_shared_precision(prepared.spec)
             for one, how in family(prepared, options):
                 if one.folder not in checked and not finished(one):
                     check_run(one, how)

@@ -41,13 +41,14 @@ class DataFacts:
     """What components may know about the data: streams, class names, and how many training samples there are.
 
     `size` counts every sample of the training source: `batch.index` is always below it. `labels` holds the label
-    of each of these, -1 where the run may not see it.
+    of each of these, -1 where the run may not see it. `labelled` says that each sample that the run trains on has one.
     """
 
     streams: Mapping[str, StreamFacts]
     classes: tuple[str, ...] = ()
     size: int = 0
     labels: tuple[int, ...] = field(default=(), repr=False)
+    labelled: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,8 @@ class Losses:
     """What one forward pass of the learner gives. `total` and `parts` have a graph, the rest is for reports.
 
     `parts` maps each loss to its term times its weight, averaged over the batch (0-d); their sum is `total`. `terms`
-    are unweighted, 0-d or `[B]`; `knobs` holds those that were read from nodes, by config path; `shown` what reports
-    show of targets, `[B]`, `[B, M]` or 0-d by key.
+    are unweighted, 0-d or `[B]`, and `means` their averages over the batch; `knobs` holds those that were read from
+    nodes, by config path; `shown` what reports show of targets, `[B]`, `[B, M]` or 0-d by key.
     """
 
     total: Tensor
@@ -88,6 +89,7 @@ class Losses:
     knobs: Mapping[str, Tensor] = field(default_factory=dict)
     parts: Mapping[str, Tensor] = field(default_factory=dict)
     shown: Mapping[str, Tensor] = field(default_factory=dict)
+    means: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

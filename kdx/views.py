@@ -68,12 +68,20 @@ class Viewed(Dataset):
 
     def varies(self, stream: str) -> bool:
         name, _, view = stream.partition("@")
-        return (self._views[view] if view else self._source).varies(name)
+        return self.of(view).varies(name)
+
+    def mixes(self, stream: str) -> bool:
+        name, _, view = stream.partition("@")
+        return self.of(view).mixes(name)
 
     def only(self, names: Iterable[str]) -> Dataset:
         """The data set with these of its views; views that nothing reads are not made."""
         kept = {name: view for name, view in self._views.items() if name in set(names)}
         return Viewed(self._source, kept) if kept else self._source
+
+    def of(self, view: str) -> Dataset:
+        """The data as one view has them; the main one has an empty name."""
+        return self._views[view] if view else self._source
 
     @staticmethod
     def _seen(facts: DataFacts) -> list[str]:

@@ -1,11 +1,12 @@
-"""How each frozen teacher is computed: by itself, in one call with others, or by a backend in its place.
+"""How each frozen teacher is computed: by itself, in one call or one graph with others, or by a backend in its place.
 
-One decision for each teacher, said in one line. Where the config leaves it open it is taken by a measurement on
-training samples when a run starts; a checkpoint keeps it, so that a resumed run goes on in the same way.
+One decision for each teacher or group of them, said in one line. Where the config leaves it open it is taken by a
+measurement on training samples when a run starts; a checkpoint keeps it, so that a resumed run goes on in the same way.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,13 +15,25 @@ from typing import Any
 
 import torch
 
-from kdx.backends import WAYS, Backend, backend_of, compare, make_backend, problem_of, start, where_of
-from kdx.batched import BATCHED, alike, choose
-from kdx.calls import ModelCall, StandIn
+from kdx.backends import (
+    WAYS,
+    Backend,
+    backend_of,
+    compare,
+    make_backend,
+    named_graphs,
+    problem_of,
+    reading_the_same,
+    start,
+    where_of,
+)
+from kdx.batched import BATCHED, Together, alike, choose
+from kdx.calls import ModelCall, StandIn, Values
 from kdx.errors import PlanError
-from kdx.formats import milliseconds
+from kdx.formats import duration, milliseconds
 from kdx.loop import Session
 from kdx.ranges import AUTO, EAGER
+from kdx.streams import Runs, in_turn
 from kdx.types import Batch
 
 Known = Sequence[Sequence[Any]]
@@ -28,16 +41,40 @@ Known = Sequence[Sequence[Any]]
 ROUNDS = 5
 """How often each way is timed, in turn."""
 GAIN = 0.95
-"""A way must take less than this part of the time of eager calls."""
+"""A way must take less than this part of the time of eager calls, or one graph of that of several ways."""
+SEVERAL = "one after another"
+"""The ways that were found for several teachers without a graph of all."""
 WORTH = {"folded": 5.0, "onnxruntime": 20.0, "openvino": 20.0, "compile": 300.0}
-"""How many seconds of eager calls a training must have left for a way to be tried: about ten times what that costs."""
+"""How many seconds of eager calls a training must have left for a way to be tried: about ten times what that costs. One
+graph of several teachers needs as many for each of them."""
 
 
 @dataclass(frozen=True)
 class _Single:
-    """What answers for a teacher if it is not one call with others."""
+    """What answers for a teacher if it is not one call or one graph with others."""
 
     runs: StandIn | ModelCall
+    line: str
+    eager: float = math.inf
+    """Milliseconds of an eager call, where that was measured."""
+
+
+@dataclass(frozen=True)
+class _InTurn:
+    """Several ways, one after another."""
+
+    ways: Sequence[StandIn | ModelCall]
+
+    def run(self, values: Values) -> None:
+        in_turn(self.ways, values)
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """One graph of several teachers; None where they stay as they are."""
+
+    runs: Backend | None
+    calls: tuple[ModelCall, ...]
     line: str
 
 
@@ -62,8 +99,10 @@ def decide(session: Session, known: Known | None, *, worth: Mapping[str, float] 
     before = {name: str(way) for way, names in known or () for name in names}
     untouched = torch.random.fork_rng(devices=range(torch.cuda.device_count()))  # by other people's compilers
     with torch.no_grad(), session.runtime.autocast(), untouched:
+        graphs = [_named_graph(*one, batch) for one in _graphs_asked_for(session, known)]
         singles: dict[str, _Single] = {}
-        for call in live:
+        in_graphs = {call.name for one in graphs for call in one.calls}
+        for call in (call for call in live if call.name not in in_graphs):
             way = asked[call.name]
             if way == AUTO and known is None:
                 singles[call.name] = _fastest(session, call, batch, worth)
@@ -74,10 +113,17 @@ def decide(session: Session, known: Known | None, *, worth: Mapping[str, float] 
         runs = {name: one.runs for name, one in singles.items()}
         always = options.teacher_batching == "always" or known is not None
         choice = choose(groups, batch, always=always, wait=session.runtime.wait, runs=runs)
-    together = {call.name for one in choice.adopted for call in one.calls}
+        if options.teacher_batching == "auto" and known is None:
+            open_calls = [call for call in live if asked[call.name] == AUTO]
+            graphs += _measured_graphs(session, open_calls, singles, choice.adopted, batch, worth)
+    taken = {call.name for one in graphs if one.runs is not None for call in one.calls}
+    batched = [one for one in choice.adopted if not any(call.name in taken for call in one.calls)]
+    together = taken | {call.name for one in batched for call in one.calls}
     alone = [one for name, one in singles.items() if name not in together]
-    session.teachers.adopt([*choice.adopted, *(one.runs for one in alone if not isinstance(one.runs, ModelCall))])
-    return (*(one.line for one in alone), *choice.lines)
+    backends = [one.runs for one in alone if not isinstance(one.runs, ModelCall)]
+    session.teachers.adopt([*batched, *backends, *(one.runs for one in graphs if one.runs is not None)])
+    lines = [line for calls, line in zip(groups, choice.lines, strict=True) if calls[0].name not in taken]
+    return (*(one.line for one in alone), *lines, *(one.line for one in graphs))
 
 
 def training_samples(session: Session) -> Batch:
@@ -90,7 +136,11 @@ def training_samples(session: Session) -> Batch:
 
 
 def medians(
-    contenders: Mapping[str, StandIn | ModelCall], batch: Batch, wait: Callable[[], None], rounds: int = ROUNDS
+    contenders: Mapping[str, Runs],
+    batch: Batch,
+    wait: Callable[[], None],
+    rounds: int = ROUNDS,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
     """The median milliseconds of each contender, timed in turn."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
@@ -98,10 +148,10 @@ def medians(
         for name, contender in contenders.items():
             values = start(batch)
             wait()
-            began = time.perf_counter()
+            began = clock()
             contender.run(values)
             wait()
-            times[name].append(1000 * (time.perf_counter() - began))
+            times[name].append(1000 * (clock() - began))
     return {name: statistics.median(found) for name, found in times.items()}
 
 
@@ -117,13 +167,82 @@ def _groups(session: Session, calls: Sequence[ModelCall], known: Known | None) -
     return [group for group in groups if [call.name for call in group] in before]
 
 
+def _graphs_asked_for(session: Session, known: Known | None) -> list[tuple[str, tuple[ModelCall, ...], str]]:
+    """Backend, teachers and where that is said, for the graphs that the config asks for or that there were before."""
+    plan, batching = session.plan, session.spec.runtime.teacher_batching
+    live = {call.name: call for call in session.teachers.live}
+    found: list[tuple[str, tuple[ModelCall, ...], str]] = []
+    if batching == "always":
+        found += [(way, calls, "runtime.teacher_batching") for way, calls in named_graphs(plan, live.values())]
+    for way, names in known or ():
+        calls = tuple(live[name] for name in names if name in live and backend_of(plan, live[name]) == AUTO)
+        if way in WAYS and batching == "auto" and len(calls) == len(names) > 1:
+            found.append((way, calls, "teachers, as the run began"))
+    return found
+
+
+def _named_graph(way: str, calls: tuple[ModelCall, ...], where: str, batch: Batch) -> _Graph:
+    """The graph that was asked for."""
+    who = ", ".join(call.name for call in calls)
+    try:
+        backend = make_backend(way, calls, batch)
+    except PlanError as error:
+        raise PlanError(f"{where}: {who} cannot be one graph of {way}: {error}") from error
+    return _Graph(backend, calls, f"teachers {who}: one graph of {way}{_gap(backend, batch)}")
+
+
+def _measured_graphs(
+    session: Session,
+    calls: Sequence[ModelCall],
+    singles: Mapping[str, _Single],
+    batched: Sequence[Together],
+    batch: Batch,
+    worth: Mapping[str, float],
+) -> list[_Graph]:
+    """For teachers that read the same: one graph of them, if it takes less time than what was found without it."""
+    names = {call.name for call in calls}
+    inside = [one for one in batched if all(call.name in names for call in one.calls)]
+    elsewhere = {call.name for one in batched if one not in inside for call in one.calls}
+    found: list[_Graph] = []
+    for group in reading_the_same(call for call in calls if call.name not in elsewhere):
+        one_call = [one for one in inside if one.calls[0] in group]
+        in_one_call = {call.name for one in one_call for call in one.calls}
+        rest = [singles[call.name].runs for call in group if call.name not in in_one_call]
+        eager = sum(singles[call.name].eager for call in group)
+        found.append(_fastest_graph(session, group, _InTurn([*one_call, *rest]), eager, batch, worth))
+    return found
+
+
+def _fastest_graph(
+    session: Session,
+    calls: tuple[ModelCall, ...],
+    best: _InTurn,
+    eager: float,
+    batch: Batch,
+    worth: Mapping[str, float],
+) -> _Graph:
+    """The fastest graph of several teachers that is possible and worth trying, if it is faster than `best`."""
+    who = ", ".join(call.name for call in calls)
+    made, notes = _made(session, calls, eager, batch, worth)
+    if not made:
+        return _Graph(None, calls, f"teachers {who}: no graph of all; {'; '.join(notes)}")
+    found = medians({SEVERAL: best, **made}, batch, session.runtime.wait)
+    times = {way: f"{way} {milliseconds(time)}" for way, time in found.items()}
+    way = min(made, key=lambda way: found[way])
+    if found[way] < GAIN * found[SEVERAL]:
+        del times[way]
+        said = f"one graph of {way}{_gap(made[way], batch)}, {milliseconds(found[way])}"
+        return _Graph(made[way], calls, f"teachers {who}: {'; '.join([said, *times.values(), *notes])}")
+    return _Graph(None, calls, f"teachers {who}: no graph of all, as {'; '.join([*times.values(), *notes])}")
+
+
 def _named(way: str, call: ModelCall, batch: Batch, where: str) -> _Single:
     """The way that was asked for."""
     try:
-        backend = make_backend(way, call, batch)
+        backend = make_backend(way, [call], batch)
     except PlanError as error:
         raise PlanError(f"{where}: the teacher {call.name} cannot be computed by {way}: {error}") from error
-    return _Single(backend, f"teacher {call.name}: {way}{_gap(backend, call, batch)}")
+    return _Single(backend, f"teacher {call.name}: {way}{_gap(backend, batch)}")
 
 
 def _fastest(session: Session, call: ModelCall, batch: Batch, worth: Mapping[str, float]) -> _Single:
@@ -133,33 +252,41 @@ def _fastest(session: Session, call: ModelCall, batch: Batch, worth: Mapping[str
     wait = session.runtime.wait
     call.run(start(batch))  # the first call of a net costs more
     eager = medians({EAGER: call}, batch, wait)[EAGER]
-    left = (session.steps - session.step) * session.accumulate * eager / 1000
-    made: dict[str, Backend] = {}
-    notes: list[str] = []
-    for way in WAYS:
-        problem = problem_of(way, call, session.runtime.device)
-        if problem is None and left < worth[way]:
-            problem = f"not tried, as all calls take {left:.2g} s"
-        if problem is None:
-            try:
-                made[way] = make_backend(way, call, batch)
-            except PlanError as error:
-                problem = f"not possible: {error}"
-        if problem is not None:
-            notes.append(f"{way} {problem}")
+    made, notes = _made(session, [call], eager, batch, worth)
     contenders: dict[str, StandIn | ModelCall] = {EAGER: call, **made}
     found = medians(contenders, batch, wait)
     best = min(found, key=lambda way: found[way])
     best = best if found[best] < GAIN * found[EAGER] else EAGER
     others = [f"{way} {milliseconds(time)}" for way, time in found.items() if way != best]
-    why = "; ".join([f"{best}{_gap(made.get(best), call, batch)}, {milliseconds(found[best])}", *others, *notes])
-    return _Single(contenders[best], f"teacher {call.name}: {why}")
+    gap = _gap(made[best], batch) if best in made else ""
+    why = "; ".join([f"{best}{gap}, {milliseconds(found[best])}", *others, *notes])
+    return _Single(contenders[best], f"teacher {call.name}: {why}", found[EAGER])
 
 
-def _gap(backend: Backend | None, call: ModelCall, batch: Batch) -> str:
+def _made(
+    session: Session, calls: Sequence[ModelCall], eager: float, batch: Batch, worth: Mapping[str, float]
+) -> tuple[dict[str, Backend], list[str]]:
+    """The backends that are possible and worth trying, and why others are not; eager calls take `eager` ms."""
+    left = (session.steps - session.step) * session.accumulate * eager / 1000
+    made: dict[str, Backend] = {}
+    notes: list[str] = []
+    for way in WAYS:
+        problems = [problem_of(way, call, session.runtime.device) for call in calls]
+        problem = next((one for one in problems if one is not None), None)
+        if problem is None and left < len(calls) * worth[way]:
+            problem = f"not tried, as all calls take {duration(left)}"
+        if problem is None:
+            try:
+                made[way] = make_backend(way, calls, batch)
+            except PlanError as error:
+                problem = f"not possible: {error}"
+        if problem is not None:
+            notes.append(f"{way} {problem}")
+    return made, notes
+
+
+def _gap(backend: Backend, batch: Batch) -> str:
     """By how much a backend differs, in words."""
-    if backend is None:
-        return ""
     values = start(batch)
     backend.run(values)
-    return f" (within {compare(call, values, batch):.1g} of eager)"
+    return f" (within {compare(backend.calls, values, batch):.1g} of eager)"

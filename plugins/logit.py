@@ -133,6 +133,10 @@ class SoftTargets(kdx.Loss):
         else:
             self.mix = 0.1 if config.alpha is None else config.alpha
 
+    @property
+    def is_soft_divergence(self) -> bool:
+        return self.config.divergence == "forward_kl" and self.config.reduction == "sum"
+
     def forward(self, student: Tensor, teacher: Tensor, temperature: Tensor) -> Tensor:
         config = self.config
         return soft_targets(

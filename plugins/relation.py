@@ -302,7 +302,7 @@ class RelationGraph(kdx.Loss):
         edge: Tensor,
         step: Tensor,
     ) -> Tensor:
-        vertices = (student_logits - teacher_logits.detach()).square().flatten(1).mean(1)
+        vertices = kdx.squared_distance(student_logits, teacher_logits)
         edges = torch.stack([relation_graph_edges(s, t) for s, t in zip(student, teacher, strict=True)]).mean(0)
         pairs = zip(pairwise(_maps(student)), pairwise(_maps(teacher)), strict=True)
         steps = torch.stack([relation_graph_steps(ours, theirs) for ours, theirs in pairs]).mean(0)

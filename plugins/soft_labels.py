@@ -2,6 +2,7 @@
 
 Logits are [B, K]. Where a loss needs each sample's class, a sample without a label counts 0, and the mean over the
 batch is that over the labelled ones, as it is for cross-entropy. The target `pseudo_label` gives all samples a class.
+`mixed_cross_entropy` and the target `mixed_answers` are for views with `mixup` or `cutmix`.
 """
 
 from __future__ import annotations
@@ -247,14 +248,105 @@ class PseudoLabel(kdx.Target):
         return torch.where(label >= 0, label, logits.argmax(1))
 
 
+def partners(index: Tensor, partner: Tensor) -> Tensor:
+    """The row of each sample's partner, int64 [B], where `partner` [B] are the `index` [B] of other rows."""
+    return (partner.unsqueeze(1) == index.unsqueeze(0)).long().argmax(1)
+
+
+class MixedAnswers(kdx.Target):
+    """A teacher's answers for mixtures, made of its answers for the samples as they are, as logits [B, K].
+
+        tau * log(share * softmax(z_i / tau) + (1 - share) * softmax(z_j / tau))
+
+    `z` are the logits [B, K] for samples that are not mixed, as a cache holds them; `share` [B] is how much of a
+    mixture is the sample itself, and `partner` [B] the `batch.index` of the other one, which are the records of a view
+    with `mixup` or `cutmix`:
+
+        inputs: {share: batch.mix_share@mixed, partner: batch.mix_partner@mixed}
+
+    The loss `kd` at the same temperature, for a student on that view, has the gradient of the divergences from both
+    answers in their shares. So a method is defined that mixes what a teacher said before training, as EfficientAT does
+    (Schmid et al., ICASSP 2023). It is not what the teacher would say of a mixture, which others ask it for
+    (Beyer et al., CVPR 2022).
+    """
+
+    name = "mixed_answers"
+    confidence = "paper"
+    inputs = {
+        "logits": "teacher.logits",
+        "share": kdx.REQUIRED,
+        "partner": kdx.REQUIRED,
+        "index": "batch.index",
+    }
+    knobs = {"temperature": kdx.Knob(1.0, above=0.0)}
+    outputs = ("logits",)
+    whole_batch = True
+
+    def __init__(self, config: MixedAnswers.Config, given: kdx.Given) -> None:
+        super().__init__(config, given)
+        kdx.check_classes(self.name, given, "logits")
+
+    def forward(
+        self, logits: Tensor, share: Tensor, partner: Tensor, index: Tensor, temperature: Tensor
+    ) -> dict[str, Tensor]:
+        own = share.to(logits)
+        other = logits[partners(index, partner)]
+        return {"logits": kdx.log_mixture([logits, other], [own.log(), (1 - own).log()], temperature)}
+
+
+class MixedCrossEntropy(kdx.Loss):
+    """Cross-entropy with the labels of both samples of a mixture, in their shares, one value per sample.
+
+        share * CE(student, y_i) + (1 - share) * CE(student, y_j)
+
+    (Zhang et al.: mixup, ICLR 2018; Yun et al.: CutMix, ICCV 2019). `share` and `partner` are as for `mixed_answers`,
+    and the student is on the view that mixes. A sample without a label counts 0, and the mean over the batch is that
+    over the shares with one. Its least value is the entropy of the shares.
+
+        inputs: {student: student@mixed.logits, share: batch.mix_share@mixed, partner: batch.mix_partner@mixed}
+    """
+
+    name = "mixed_cross_entropy"
+    confidence = "values"
+    inputs = {
+        "student": kdx.REQUIRED,
+        "label": "batch.label",
+        "share": kdx.REQUIRED,
+        "partner": kdx.REQUIRED,
+        "index": "batch.index",
+    }
+    whole_batch = True
+
+    @dataclass(frozen=True)
+    class Config:
+        label_smoothing: float = 0.0
+
+    config: Config
+
+    def __init__(self, config: Config, given: kdx.Given) -> None:
+        super().__init__(config, given)
+        kdx.check_classes(self.name, given, "student")
+        if not 0 <= config.label_smoothing < 1:
+            raise kdx.ConfigError(f"label_smoothing: found {config.label_smoothing}, expected from 0 and below 1")
+
+    def forward(self, student: Tensor, label: Tensor, share: Tensor, partner: Tensor, index: Tensor) -> Tensor:
+        place, smoothing = partners(index, partner), self.config.label_smoothing
+        shares = torch.stack([share * (label >= 0), (1 - share) * (label[place] >= 0)])
+        entropies = [
+            F.cross_entropy(student, y, ignore_index=-1, reduction="none", label_smoothing=smoothing)
+            for y in (label, label[place])
+        ]
+        return (shares * torch.stack(entropies)).sum(0) * len(label) / shares.sum().clamp(min=1e-12)
+
+
 @kdx.hookimpl
 def kdx_losses() -> list[type[kdx.Loss]]:
     return [
         TransformedMatching, WeightedTransformedMatching, WeightedSoftLabels, AsymmetricTemperature, TeacherFree,
-        DistillationToken,
+        DistillationToken, MixedCrossEntropy,
     ]  # fmt: skip
 
 
 @kdx.hookimpl
 def kdx_targets() -> list[type[kdx.Target]]:
-    return [PseudoLabel]
+    return [PseudoLabel, MixedAnswers]

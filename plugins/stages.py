@@ -70,14 +70,14 @@ def hierarchical_distance(student: Tensor, teacher: Tensor) -> Tensor:
     Each level that is smaller than the map counts half as much as the one before it.
     """
     teacher = teacher.detach()
-    value = (student - teacher).square().flatten(1).mean(1)
+    value = kdx.squared_distance(student, teacher)
     weight = total = 1.0
     for level in LEVELS:
         if level < min(student.shape[2:]):
             weight /= 2
             total += weight
-            pooled = F.adaptive_avg_pool2d(student, level) - F.adaptive_avg_pool2d(teacher, level)
-            value = value + weight * pooled.square().flatten(1).mean(1)
+            pooled = (F.adaptive_avg_pool2d(maps, level) for maps in (student, teacher))
+            value = value + weight * kdx.squared_distance(*pooled)
     return value / total
 
 
@@ -201,7 +201,7 @@ class SemanticCalibration(kdx.Loss):
         gaps = []
         for projection, theirs in zip(projections, teacher, strict=True):
             ours, theirs = kdx.pool_to_smaller(student, theirs)
-            gaps.append((projection(ours) - theirs).square().flatten(1).mean(1))
+            gaps.append(kdx.squared_distance(projection(ours), theirs))
         return gaps
 
 

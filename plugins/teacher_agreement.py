@@ -199,7 +199,7 @@ class AgreeingHints(kdx.Loss):
         pairs = [kdx.pool_to_smaller(student, maps.detach()) for maps in teacher]
         regressed = [layer(ours) for layer, (ours, _) in zip(self.regressors, pairs, strict=True)]
         met = [kdx.pool_to_smaller(ours, maps.detach()) for ours, maps in zip(regressed, teacher, strict=True)]
-        gaps = torch.stack([(ours - theirs).square().flatten(1).mean(1) for ours, theirs in met], 1)
+        gaps = torch.stack([kdx.squared_distance(ours, theirs) for ours, theirs in met], 1)
         return (gaps * self._weights(gaps, student)).sum(1)
 
     def _weights(self, gaps: Tensor, student: Tensor) -> Tensor:

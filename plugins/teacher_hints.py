@@ -22,7 +22,7 @@ def distances(regressed: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor
     The larger map of a pair is average-pooled to the smaller one.
     """
     pairs = [kdx.pool_to_smaller(ours, theirs.detach()) for ours, theirs in zip(regressed, teachers, strict=True)]
-    return torch.stack([(ours - theirs).square().flatten(1).mean(1) for ours, theirs in pairs], 1)
+    return torch.stack([kdx.squared_distance(ours, theirs) for ours, theirs in pairs], 1)
 
 
 class TeacherHints(kdx.Loss):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,17 @@ import torch
 from small_run import DISTIL, Seen, prepared, quiet, session_of
 from torch import Tensor, nn
 
-from kdx.backends import TOLERANCE, WAYS, Backend, compare, make_backend, problem_of, start, streams_of
+from kdx.backends import (
+    TOLERANCE,
+    WAYS,
+    Backend,
+    compare,
+    make_backend,
+    problem_of,
+    reading_the_same,
+    start,
+    streams_of,
+)
 from kdx.backends_graph import as_module, export, fold
 from kdx.calls import ModelCall
 from kdx.components import Network
@@ -71,7 +82,7 @@ def targets(program: Any) -> list[str]:
 @torch.no_grad()
 def test_the_graph_holds_only_what_the_wanted_fields_need() -> None:
     call = call_of(("mid",), mid=Tap("norm"))
-    program = export(call.module, streams_of(call, start(batch())))
+    program = export([call], streams_of([call], start(batch())))
     assert [name.split(".")[1] for name in targets(program)[:2]] == ["conv2d", "_native_batch_norm_legit_no_training"]
     assert not [name for name in targets(program) if "linear" in name]
     values = start(batch())
@@ -83,7 +94,7 @@ def test_the_graph_holds_only_what_the_wanted_fields_need() -> None:
 def test_norms_are_folded_where_nothing_else_reads_the_convolution() -> None:
     for wanted, taps, norms in ((("logits",), {}, 0), (("logits", "raw"), {"raw": Tap("first")}, 1)):
         call = call_of(wanted, **taps)
-        module = fold(export(call.module, streams_of(call, start(batch()))))
+        module = fold(export([call], streams_of([call], start(batch()))))
         assert sum("batch_norm" in name for name in targets(module)) == norms
         kernels = [value for value in module.state_dict().values() if value.ndim == 4]
         assert kernels
@@ -96,11 +107,11 @@ def test_each_way_gives_the_wanted_fields_within_the_tolerance(way: str) -> None
     wanted = ("logits", "raw", "mid", "embedding")
     call = call_of(wanted, raw=Tap("first"), mid=Tap("norm2", "input"))
     kept = {name: value.clone() for name, value in call.module.state_dict().items()}
-    backend = make_backend(way, call, batch())
+    backend = make_backend(way, [call], batch())
     values = start(batch())
     backend.run(values)
     assert {key for key in values if key.startswith("big.")} == {f"big.{name}" for name in wanted}
-    assert compare(call, values, batch()) <= TOLERANCE[torch.float32]
+    assert compare([call], values, batch()) <= TOLERANCE[torch.float32]
     assert all(values[f"big.{name}"].is_contiguous() for name in wanted)
     assert all(torch.equal(value, kept[name]) for name, value in call.module.state_dict().items())
     assert call.module.network.net.first.weight.is_contiguous()
@@ -108,21 +119,74 @@ def test_each_way_gives_the_wanted_fields_within_the_tolerance(way: str) -> None
 
 @torch.no_grad()
 @pytest.mark.parametrize("way", QUICK)
-def test_answers_stay_as_they_are_when_the_next_batch_comes(way: str) -> None:
+def test_answers_stay_as_they_are_when_the_next_batch_comes_in_another_layout(way: str) -> None:
     call = call_of()
-    backend = make_backend(way, call, batch())
-    first, second = start(batch()), start({"image": 1 - batch()["image"]})
+    backend = make_backend(way, [call], batch())
+    across = {"image": (1 - batch()["image"]).transpose(2, 3).contiguous().transpose(2, 3)}
+    first, second = start(batch()), start(across)
     backend.run(first)
     kept = first["big.logits"].clone()
     backend.run(second)
     assert torch.equal(first["big.logits"], kept)
-    assert not torch.equal(second["big.logits"], kept)
+    assert compare([call], second, across) <= TOLERANCE[torch.float32]
+
+
+def two_calls() -> list[ModelCall]:
+    """A teacher that gives its logits, and one that ends at an inner map."""
+    small = call_of(("mid",), mid=Tap("norm"))
+    return [call_of(), replace(small, name="small", gives=("small.mid",))]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", QUICK)
+def test_several_models_are_one_graph_each_to_its_own_depth(way: str) -> None:
+    calls = two_calls()
+    names = targets(export(calls, streams_of(calls, start(batch()))))
+    assert [sum(kind in name for name in names) for kind in ("conv2d", "linear")] == [3, 1]
+    backend, values = make_backend(way, calls, batch()), start(batch())
+    backend.run(values)
+    assert {key for key in values if not key.startswith("batch.")} == {"big.logits", "small.mid"}
+    assert compare(calls, values, batch()) <= TOLERANCE[torch.float32]
+
+
+@torch.no_grad()
+def test_a_batch_of_another_size_is_answered_by_each_of_several_models() -> None:
+    calls = two_calls()
+    found, expected = start(batch(3)), start(batch(3))
+    make_backend("folded", calls, batch()).run(found)
+    for call in calls:
+        call.run(expected)
+    assert all(torch.equal(found[key], expected[key]) for key in ("big.logits", "small.mid"))
+
+
+@torch.no_grad()
+def test_one_of_several_that_differs_is_refused_by_its_name() -> None:
+    calls = two_calls()
+
+    def answer(streams: Sequence[Tensor]) -> Sequence[Tensor]:
+        fields = start(batch())
+        for call in calls:
+            call.run(fields)
+        return [fields["big.logits"], fields["small.mid"] + 1e-2]
+
+    values = start(batch())
+    Backend("folded", calls, answer, [*batch().values()]).run(values)
+    with pytest.raises(PlanError, match=r"small.mid would differ by \S+ of its largest value, expected at most 1e-05"):
+        compare(calls, values, batch())
+
+
+def test_models_are_a_group_where_they_read_the_same_and_sit_with_the_run() -> None:
+    one, two = two_calls()
+    seated = replace(two, name="far", seat=Seat(CPU, CPU))
+    other = replace(two, name="other", streams={"image": "batch.image@strong"})
+    assert reading_the_same([one, seated, other]) == []
+    assert reading_the_same([one, seated, other, two]) == [(one, two)]
 
 
 @torch.no_grad()
 def test_a_batch_of_another_size_is_answered_by_the_model_itself() -> None:
     call = call_of()
-    backend = make_backend("folded", call, batch())
+    backend = make_backend("folded", [call], batch())
     found, expected = start(batch(3)), start(batch(3))
     backend.run(found)
     call.run(expected)
@@ -134,8 +198,29 @@ def test_a_batch_of_another_size_is_answered_by_the_model_itself() -> None:
 def test_a_compiled_teacher_gives_the_same_within_the_tolerance() -> None:
     call = call_of(("logits", "mid"), mid=Tap("norm"))
     values = start(batch())
-    make_backend("compile", call, batch()).run(values)
-    assert compare(call, values, batch()) <= TOLERANCE[torch.float32]
+    make_backend("compile", [call], batch()).run(values)
+    assert compare([call], values, batch()) <= TOLERANCE[torch.float32]
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((3,), 2.0))
+
+    def forward(self, image: Tensor) -> Tensor:
+        return image.mean((2, 3)) * self.scale.exp()
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_what_depends_on_weights_alone_is_computed_once_by_a_compiled_teacher() -> None:
+    call = call_of(net=Scaled())
+    backend = make_backend("compile", [call], batch())
+    first, second = start(batch()), start(batch())
+    backend.run(first)
+    call.module.network.net.scale.zero_()
+    backend.run(second)
+    assert torch.equal(first["big.logits"], second["big.logits"])
 
 
 @torch.no_grad()
@@ -150,11 +235,13 @@ def test_a_compiled_teacher_gives_the_same_within_the_tolerance() -> None:
 )
 def test_other_numbers_are_refused(change: Any, message: str) -> None:
     call = call_of()
-    backend = Backend("folded", call, lambda streams: [change(call.module.network.net(*streams))], [*batch().values()])
+    backend = Backend(
+        "folded", [call], lambda streams: [change(call.module.network.net(*streams))], [*batch().values()]
+    )
     values = start(batch())
     backend.run(values)
     with pytest.raises(PlanError, match=message):
-        compare(call, values, batch())
+        compare([call], values, batch())
 
 
 class Choosing(nn.Module):
@@ -165,7 +252,7 @@ class Choosing(nn.Module):
 @torch.no_grad()
 def test_a_net_that_cannot_be_one_graph_is_refused_with_the_reason() -> None:
     with pytest.raises(PlanError, match=r"GuardOnDataDependentSymNode: Could not guard on data-dependent expression"):
-        make_backend("folded", call_of(net=Choosing()), batch())
+        make_backend("folded", [call_of(net=Choosing())], batch())
 
 
 def test_a_backend_that_is_not_installed_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -185,7 +185,8 @@ def test_a_term_is_weighted_sample_by_sample_and_then_averaged(
     weight: torch.Tensor, term: torch.Tensor, total: float
 ) -> None:
     values = {"w": weight, "losses.kd": term}
-    found = weighted([kd_call()], values)
-    assert list(found) == ["kd"]
-    assert found["kd"].shape == ()
-    assert found["kd"].item() == total
+    means, parts = weighted([kd_call()], values)
+    assert list(parts) == list(means) == ["kd"]
+    assert parts["kd"].shape == means["kd"].shape == ()
+    assert parts["kd"].item() == total
+    assert means["kd"].item() == term.mean().item()

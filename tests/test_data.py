@@ -12,8 +12,9 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from kdx.components import Dataset, Split
-from kdx.data import Loader, SampleSplit, SplitOptions, TensorSplit, View, in_order, make_splits
+from kdx.data import SampleSplit, SplitOptions, TensorSplit, View, make_splits
 from kdx.errors import ConfigError, DataError
+from kdx.loader import Loader, in_order
 from kdx.types import Batch, DataFacts, StreamFacts
 
 IGNORE_FEW_CORES = pytest.mark.filterwarnings("ignore:This DataLoader will create")

@@ -36,6 +36,13 @@ def test_a_model_that_names_a_run_has_its_student_without_its_taps() -> None:
     assert found.hash != need.hash
 
 
+def test_a_module_that_is_handed_in_computes_where_and_as_its_section_says() -> None:
+    own = {"precision": "bf16", "offload": "cpu", "backend": "eager", "taps": {"mid": "0"}}
+    handed = quiet(networks={"wide": torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))})
+    engine = prepared(DISTIL, {"teachers": {"wide": own}}, options=handed).spec.teachers["wide"].engine
+    assert {name: getattr(engine, name) for name in own} == own
+
+
 def test_the_folder_of_runs_is_that_of_the_run_that_needs_them(tmp_path: Path) -> None:
     found = prepared(CASCADE, {"out": str(tmp_path), "teachers": {"wide": {"run": {"out": "elsewhere"}}}})
     assert found.plain is not None

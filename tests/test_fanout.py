@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_run import CASCADE, PLUGIN, STATEFUL, config_of, lines_of, quiet, weights_of
+from small_run import CASCADE, PLAIN, PLUGIN, STATEFUL, config_of, lines_of, quiet, weights_of
 
 from kdx.config import load_mapping
 from kdx.fanout import Shared, groups, memory, side_by_side
@@ -109,6 +109,16 @@ def test_runs_with_other_data_seed_or_batch_are_in_groups_of_their_own(tmp_path:
     variants = {"full": {}, "few": {"data": {"labelled": 12}}, "seed": {"seed": 1}, "batch": {"train": {"batch": 6}}}
     chosen = runs(tmp_path, {**variants, "hot": VARIANTS["hot"]})
     assert groups(chosen) == [[0, 4], [1], [2], [3]]
+
+
+def test_what_is_one_run_is_trained_once_and_each_is_told_of_its_result(tmp_path: Path) -> None:
+    chosen = [prepared(PLAIN, {"out": str(tmp_path), "title": title}) for title in ("one", "other")]
+    assert chosen[0].folder == chosen[1].folder
+    first, last = outcomes(chosen, fresh=True)
+    assert isinstance(first, Result)
+    assert isinstance(last, Result)
+    assert (first.name, last.name) == ("one", "other")
+    assert (first.best, first.seconds) == (last.best, last.seconds)
 
 
 def test_a_run_that_fails_does_not_stop_the_others(tmp_path: Path) -> None:

@@ -52,6 +52,15 @@ def test_runs_that_differ_in_more_than_their_method_are_marked(tmp_path: Path) -
     assert [outcome.variant for outcome in findings.outcomes] == ["one", "one", "two", "two", "three"]
 
 
+def test_what_an_open_precision_has_come_to_is_compared(tmp_path: Path) -> None:
+    layers = [{"name": name, "runtime": {"precision": "auto"}} for name in ("one", "two")]
+    folders = [run_in(tmp_path, PLAIN, layer).folder for layer in layers]
+    for folder, precision in zip(folders, ("fp32", "bf16"), strict=True):
+        about = json.loads((folder / "environment.json").read_text())
+        (folder / "environment.json").write_text(json.dumps({**about, "precision": precision}))
+    assert of_folders(folders).marks == {"two": ("runtime.precision (bf16 against fp32)",)}
+
+
 def test_a_plain_student_in_a_folder_of_another_name_is_the_same_one(tmp_path: Path) -> None:
     layer = {"losses": {"ce": {"label_smoothing": 0.1}}}
     runs = [run_in(tmp_path, PLAIN, {"name": "one"}).folder, run_in(tmp_path, PLAIN, {"name": "two"}, layer).folder]

@@ -10,6 +10,7 @@ from small_run import DISTIL, PLUGIN, STATEFUL, config_of, quiet, session_of
 from torch import Tensor
 
 import kdx
+from kdx.builtin.updaters import Plain
 from kdx.config import load_mapping
 from kdx.functional import Present
 from kdx.loop import Session, make_session, step
@@ -125,8 +126,15 @@ def test_a_weight_that_is_not_there_is_refused() -> None:
         here.losses({"student": torch.zeros(1)})
 
 
+class Asking(Plain):
+    """An updater that says that it looks ahead."""
+
+    eager = True
+
+
 def test_an_updater_can_ask_for_it() -> None:
     session = session_of(DISTIL)
+    session.updater = Asking(session.updater.config)
     step(session, session.feed.at(0), session.knobs.at(session.clock))
     engine = session.runtime
     assert len(engine.batch["index"]) == 12
@@ -134,6 +142,13 @@ def test_an_updater_can_ask_for_it() -> None:
     assert engine.weights("align.mid")
     assert not engine.weights("targets.mid")
     assert engine.losses({}).total.isfinite()
+
+
+def test_an_updater_that_does_not_say_so_cannot_ask() -> None:
+    session = session_of(DISTIL)
+    step(session, session.feed.at(0), session.knobs.at(session.clock))
+    with pytest.raises(kdx.PluginError, match="its class does not say `eager = True`"):
+        session.runtime.losses({})
 
 
 def test_a_compiled_step_cannot_be_asked() -> None:

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdx import fused
+from kdx.builtin.losses import cross_entropy
 from kdx.fused import cross_entropy_sum, log_mixture, soft_divergence
 
-WAYS = {"ordinary": (10**6, 10**6), "one block": (0, 10**6), "blocks": (0, 40)}
+WAYS = {"ordinary": (10**6, 10**6), "whole": (0, 10**6), "blocks": (0, 0)}
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-9}
 TEMPERATURES = [torch.tensor(1.0), torch.tensor(4.0), torch.tensor([0.5, 1.0, 2.0, 4.0, 8.0, 3.0, 1.5])]
 
@@ -21,9 +22,10 @@ TEMPERATURES = [torch.tensor(1.0), torch.tensor(4.0), torch.tensor([0.5, 1.0, 2.
 @pytest.fixture(params=[*WAYS])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Sizes that send 7 rows of 13 logits through one of the ways; three rows are a block where there are several."""
-    small, block = WAYS[request.param]
+    small, middle = WAYS[request.param]
     monkeypatch.setattr(fused, "SMALL", small)
-    monkeypatch.setattr(fused, "BLOCK", block)
+    monkeypatch.setattr(fused, "MIDDLE", middle)
+    monkeypatch.setattr(fused, "BLOCK", 40)
     name: str = request.param
     return name
 
@@ -57,6 +59,17 @@ def test_the_divergence_is_that_of_the_ordinary_operations(way: str, temperature
         assert ours.dtype == dtype
         scale = theirs.abs().max().item()
         torch.testing.assert_close(ours, theirs, rtol=0, atol=TOLERANCE[dtype] * scale)
+
+
+@pytest.mark.parametrize("apart", [0.01, 1.0])
+def test_float32_gives_the_numbers_of_float64_for_a_thousand_classes(way: str, apart: float) -> None:
+    teacher = logits(torch.float64, 1, 64, 1000)
+    student = teacher + apart * logits(torch.float64, 0, 64, 1000)
+    temperature = torch.tensor(4.0)
+    exact = with_gradient(usual_divergence, student, teacher, temperature.double())
+    found = with_gradient(soft_divergence, student.float(), teacher.float(), temperature)
+    torch.testing.assert_close(found[0].double() / 16, exact[0] / 16, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found[1].double(), exact[1], rtol=0, atol=1e-6 * student.abs().max().item())
 
 
 def test_positions_beside_the_classes_have_values_of_their_own(way: str) -> None:
@@ -149,6 +162,20 @@ def test_cross_entropy_is_that_of_torch(way: str, label: list[int], smoothing: f
         torch.testing.assert_close(ours, theirs, rtol=0, atol=TOLERANCE[dtype] * scale)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_mean_over_samples_that_all_have_a_label_is_that_of_torch(way: str, smoothing: float) -> None:
+    label = torch.tensor([0, 3, 2, 12, 5, 5, 7])
+
+    def usual(student: Tensor) -> Tensor:
+        return F.cross_entropy(student, label, label_smoothing=smoothing)
+
+    def ours(student: Tensor) -> Tensor:
+        return cross_entropy(student, label, smoothing, labelled=True)
+
+    found, expected = (with_gradient(one, logits(torch.float64, 0)) for one in (ours, usual))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
 def test_a_label_beyond_the_classes_is_refused(way: str) -> None:
     student = logits(torch.float32, 0).requires_grad_()
     for wrong in (13, -2):
@@ -185,7 +212,7 @@ def test_a_mixture_whose_weights_learn_has_a_graph(way: str) -> None:
 
 
 def test_a_large_vocabulary_leaves_nothing_of_its_size_in_the_graph() -> None:
-    student, teacher = logits(torch.float32, 0, 8, 32_000).requires_grad_(), logits(torch.float32, 1, 8, 32_000)
+    student, teacher = logits(torch.float32, 0, 40, 32_000).requires_grad_(), logits(torch.float32, 1, 40, 32_000)
     kept: list[Tensor] = []
 
     def pack(x: Tensor) -> Tensor:
@@ -193,7 +220,7 @@ def test_a_large_vocabulary_leaves_nothing_of_its_size_in_the_graph() -> None:
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        soft_divergence(student, teacher, torch.tensor(4.0)).mean() + cross_entropy_sum(student, torch.arange(8))
+        soft_divergence(student, teacher, torch.tensor(4.0)).mean() + cross_entropy_sum(student, torch.arange(40))
     inputs = {student.data_ptr(), teacher.data_ptr()}
     large = [x for x in kept if x.numel() >= student.numel() and x.data_ptr() not in inputs]
     assert len(kept) > 2

@@ -6,13 +6,14 @@ import json
 import shutil
 import struct
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
-from small_run import DISTIL, PLAIN, PLUGIN, TEACHER, config_of, prepared, quiet
+from small_run import DISTIL, PLAIN, PLUGIN, TEACHER, config_of, prepared, quiet, registry
 from torch import nn
 
 from kdx.builtin.torchvision_images import TorchvisionDataset
@@ -328,3 +329,16 @@ def test_the_environment_tells_what_a_person_needs_to_repeat_a_run() -> None:
 def test_only_plugins_in_use_are_named() -> None:
     found = prepared(DISTIL, {"losses": {"kd": None, "hint": None}})
     assert [plugin.name for plugin in used_plugins(found.spec, found.reached)] == ["kdx.builtin", "small_plugin.py"]
+
+
+def test_the_plugins_of_the_parts_of_a_net_count() -> None:
+    parts = {"one": {"use": "cifar", "model": "resnet8"}, "other": {"use": "small"}}
+    fused = {"student": {"use": "late_fusion", "parts": parts}, "losses": {"ce": {"use": "cross_entropy"}}}
+    config = load_mapping(config_of({**PLAIN, **fused}))
+    found = prepare(config, quiet(), registry=registry())
+    named = {plugin.name for plugin in used_plugins(found.spec, found.reached)}
+    assert named == {"kdx.builtin", "kdx_two_stream", "kdx_cifar_nets", "small_plugin.py"}
+    newer = [
+        replace(plugin, digest="2.0") if plugin.name == "kdx_cifar_nets" else plugin for plugin in registry().plugins
+    ]
+    assert prepare(config, quiet(), registry=replace(registry(), plugins=tuple(newer))).hash != found.hash

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import Subset
 from torch.utils.data import TensorDataset as TorchTensors
 
+from kdx.builtin import images
 from kdx.builtin.augment import AUGMENTATIONS, Crop, Erase, Flip, Mixup, Shift, read_augment
 from kdx.builtin.image_folder import ImageFolder
 from kdx.builtin.images import FILE, FashionMnist
@@ -27,8 +28,9 @@ from kdx.builtin.tensor_data import TensorDataset
 from kdx.builtin.timm_images import TimmReader
 from kdx.builtin.torchvision_images import TorchvisionDataset
 from kdx.components import Split
-from kdx.data import SplitOptions, TensorSplit, in_order, make_splits
+from kdx.data import SplitOptions, TensorSplit, make_splits
 from kdx.errors import ConfigError, DataError
+from kdx.loader import in_order
 from kdx.randomness import Randomness
 
 
@@ -78,12 +80,23 @@ def test_the_shipped_images_are_balanced_and_grey() -> None:
 
 
 def test_the_shipped_file_is_small_quick_and_of_known_content() -> None:
+    images._read.cache_clear()
     started = time.process_time()
     data = FashionMnist(FashionMnist.Config())
     data.train()
     assert time.process_time() - started < 2  # a third of a second alone on a core
     assert FILE.stat().st_size < 4e6
     assert data.fingerprint() == "d6daf8a8ee0c0de4148f7aa9d1097f8230f52bd125523f271e41a23681b8ac3f"
+
+
+def test_the_shipped_images_are_unpacked_once_and_a_changed_batch_changes_none() -> None:
+    one, other = (FashionMnist(FashionMnist.Config()).train() for _ in range(2))
+    assert isinstance(one, TensorSplit)
+    assert isinstance(other, TensorSplit)
+    assert one.tensors["image"].data_ptr() == other.tensors["image"].data_ptr()
+    before = other.fetch([0, 1])["image"]
+    one.fetch([0, 1])["image"].fill_(0)
+    assert torch.equal(other.fetch([0, 1])["image"], before)
 
 
 def test_no_test_image_is_a_training_image() -> None:
@@ -634,6 +647,8 @@ def test_augmentations_run_in_the_order_given() -> None:
         ({"flip": {"probability": 2}}, r"data.augment.flip: probability: found 2, expected 0 to 1"),
         ({"crop": {"least_area": 0}}, r"data.augment.crop: least_area: found 0, expected 0.01 to 1"),
         ({"mixup": {"high": 1.5}}, r"data.augment.mixup: high: found 1.5, expected 0 to 1"),
+        ({"cutmix": {"high": -0.5}}, r"data.augment.cutmix: high: found -0.5, expected 0 to 1"),
+        ({"cutmix": {"probability": 2}}, r"data.augment.cutmix: probability: found 2, expected 0 to 1"),
         ({"mixup": {"low": 0.5, "high": 0.2}}, r"data.augment.mixup: high: found 0.2, expected 0.5 to 1"),
         ({"flip": True}, r"data.augment.flip: found True, expected a mapping of options"),
     ],

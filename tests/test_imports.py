@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -16,14 +17,14 @@ ROOT = Path(kdx.__file__).parent
 PLUGINS = ROOT.parent / "plugins"
 LAYERS = """
     errors formats page statistics markdown figures
-    stopping types files options config randomness heads sections worked
+    garbage stopping types files options config randomness heads sections worked
     cache_options
     cache
     components ranges devices class_choice group
     distributed synced_norm shards
-    updater fused parallel locks
+    updater fused fused_distance parallel locks
     authoring hookspecs taps data optim measure checkpoint
-    result tap_list views seats
+    result tap_list views seats loader
     history standings comparable
     builtin.layouts builtin.augment builtin.schedules builtin.losses builtin.metrics builtin.models builtin.updaters \
         builtin.pictures builtin.watchers builtin.spectra builtin.stamps builtin.text_vectors
@@ -37,17 +38,18 @@ LAYERS = """
     plugins
     spec catalogue presence watching
     calls trial
-    recall reach probe shown guard gaps
+    recall reach probe shown guard gaps streams
+    storable wiring
     plan identity
     cache_key plots_shown report_teachers batched backends_graph nonfinite
     backends
-    spread
-    modules runtime table deploy plots report_text
+    spread cache_search joint
+    modules runtime table deploy plots report_text cache_targets
     cache_fill cache_import feed student report functional diagnosis memory
     loop
     agreement
     outcome ways preflight derive runtime_choice micro_batch
-    resume
+    resume overlap
     saving
     runs
     api init reference study fanout tune
@@ -142,6 +144,7 @@ def test_type_checkers_and_users_see_the_same_public_names() -> None:
     assert declared == {name: module for name, module in kdx._HOMES.items() if name != "__version__"}
 
 
+@cache
 def loaded_after(statement: str) -> set[str]:
     program = f"{statement}\nimport sys\nprint(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
@@ -157,6 +160,12 @@ def test_the_errors_can_be_named_without_torch() -> None:
     assert "torch" not in loaded_after("from kdx import ConfigError")
 
 
+READY = "import kdx.runs, kdx.builtin.metrics, kdx.builtin.models"
+
+
 def test_no_plugin_is_loaded_before_a_registry_is_made() -> None:
-    names = loaded_after("import kdx.runs")
-    assert not {name for name in names if name.startswith("kdx_plugins")}
+    assert not {name for name in loaded_after(READY) if name.startswith("kdx_plugins")}
+
+
+def test_what_draws_tests_and_measures_is_not_loaded_before_it_is_used() -> None:
+    assert not {"matplotlib", "scipy", "markdown_it", "torchmetrics", "timm", "torchvision"} & loaded_after(READY)

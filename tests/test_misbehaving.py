@@ -168,6 +168,15 @@ def test_values_without_their_graph_may_be_kept() -> None:
     check_loss(loss_of(keeps_values))
 
 
+def goes_in_a_circle(self: Any, first: Tensor, second: Tensor, good: Any) -> Any:
+    circle: list[Any] = [good]
+    circle.append(circle)
+
+
+def test_a_graph_that_nothing_but_a_circle_holds_is_let_go() -> None:
+    check_loss(loss_of(goes_in_a_circle))
+
+
 LATE = """
 import kdx, torch
 

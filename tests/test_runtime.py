@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from kdx.devices import pick_device, pick_precision
+from kdx.devices import check_precision, low_precision, pick_device, present_devices
 from kdx.errors import ConfigError
 from kdx.runtime import Runtime, Stopwatch
 from kdx.sections import RuntimeOptions
@@ -16,9 +16,10 @@ from kdx.sections import RuntimeOptions
 CPU = RuntimeOptions(device="cpu", precision="fp32")
 
 
-def test_auto_takes_the_gpu_where_there_is_one() -> None:
-    found = pick_device("auto").type
-    assert found == ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+def test_without_a_device_a_run_takes_the_gpu_where_there_is_one() -> None:
+    found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    assert pick_device(None).type == present_devices()[0] == found
+    assert present_devices()[-1] == "cpu"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -39,12 +40,13 @@ def test_a_word_that_is_no_device_is_refused() -> None:
         pick_device("gpu")
 
 
-def test_auto_precision_on_a_cpu_is_fp32_and_fp16_is_refused_there() -> None:
+def test_bf16_is_the_lower_precision_of_a_cpu_and_fp16_is_refused_there() -> None:
     cpu = torch.device("cpu")
-    assert pick_precision("auto", cpu) == "fp32"
-    assert pick_precision("bf16", cpu) == "bf16"
-    with pytest.raises(ConfigError, match="fp16 needs a GPU"):
-        pick_precision("fp16", cpu)
+    assert low_precision(cpu) == "bf16"
+    assert low_precision(torch.device("mps")) is None
+    check_precision("bf16", cpu)
+    with pytest.raises(ConfigError, match=r"runtime.precision: fp16 needs a GPU"):
+        check_precision("fp16", cpu)
 
 
 def linear_and_sgd() -> tuple[nn.Linear, torch.optim.Optimizer]:

@@ -107,7 +107,7 @@ def test_what_is_trained_follows_the_runtime(option: str) -> None:
 def test_other_words_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"teachers.wide.offload: found 'disk', expected cpu"):
         session_of(DISTIL, seated(offload="disk"))
-    with pytest.raises(ConfigError, match=r"teachers.wide.precision: found 'int8', expected one of auto, fp32"):
+    with pytest.raises(ConfigError, match=r"teachers.wide.precision: found 'int8', expected one of fp32, bf16"):
         session_of(DISTIL, seated(precision="int8"))
 
 

@@ -91,7 +91,7 @@ def test_the_full_config_has_every_default_and_checks_as_the_same_run() -> None:
     )
     full = full_config(spec)
     assert full["losses"]["kd"]["lr_scale"] == 1.0
-    assert full["runtime"]["precision"] == "auto"
+    assert full["runtime"]["precision"] == "fp32"
     again = check(load_mapping(full), registry())
     assert full_config(again) == full
     assert {name: vars(node) | {"knobs": None} for name, node in again.nodes.items()} == {

@@ -151,6 +151,13 @@ def test_two_variants_that_are_the_same_run_are_refused() -> None:
     assert "the variants full and again are one and the same run" in refusal(variants=same)
 
 
+def test_a_precision_that_each_variant_would_measure_is_refused() -> None:
+    said = refusal(variants={"full": {}, "open": {"runtime": "auto"}})
+    assert said.startswith("variant open: runtime.precision: found 'auto', ")
+    assert "expected one of fp32, bf16, fp16" in said
+    plan_study(read_study(study(variants=TWO)), quiet(), ["runtime=auto", "runtime.precision=fp32"])
+
+
 def test_a_name_that_stands_twice_is_refused() -> None:
     write_config(Path("full.yaml"), CASCADE, {"losses": {"hint": None}})
     assert "two variants are called 'full'" in refusal(variants={"full": {}}, configs=["full.yaml"])

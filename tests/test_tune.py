@@ -151,6 +151,16 @@ def test_what_cannot_be_planned_is_refused_with_its_point() -> None:
         check_search(search, quiet())
 
 
+def test_a_precision_that_each_trial_would_measure_is_refused() -> None:
+    write_config(Path("base.yaml"), DISTIL)
+    space = {"losses.kd.temperature": {"low": 1, "high": 2}}
+    with pytest.raises(ConfigError, match=r"^runtime.precision: found 'auto', .* expected one of fp32, bf16, fp16"):
+        check_search(read_search(written(space=space), ["runtime=auto"]), quiet())
+    search = read_search(written(space={"runtime.precision": ["fp32", "auto"]}))
+    with pytest.raises(ConfigError, match=r"space: with runtime.precision=auto: runtime.precision: found 'auto'"):
+        check_search(search, quiet())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", SEARCHES, ids=lambda path: path.stem)
 def test_every_shipped_search_can_be_planned_and_begins_with_its_base(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import filelock
 import pytest
 import yaml
-from small_run import CASCADE, PLAIN, Command, dying, quiet, write_config
+from small_run import CASCADE, PLAIN, Command, dying, quiet, registry, write_config
 
 pytest.importorskip("optuna")
 
@@ -103,6 +104,16 @@ def test_a_trial_that_fails_is_noted_and_the_others_go_on() -> None:
     assert [one.state for one in trials] == ["failed", "failed"]
     assert "no_such_loss" in trials[0].reason
     assert best_of(trials, minimise=False) is None
+
+
+def test_a_trial_whose_best_validation_is_no_number_has_failed() -> None:
+    metrics = {"scripted": {"scores": [math.nan] * 8}}
+    write_config(Path("base.yaml"), PLAIN, {"metrics": metrics, "train": {"monitor": "score"}})
+    search, ground = begun(trials=1)
+    registry().find("metrics", "scripted", "").component.computed = 0
+    (one,) = carried_out(search, ground)
+    assert (one.state, one.value, one.values) == ("failed", None, {})
+    assert one.reason == "the validation score is nan"
 
 
 def test_a_search_that_is_stopped_goes_on_where_its_trial_stands() -> None:

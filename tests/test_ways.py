@@ -114,13 +114,121 @@ def test_a_teachers_own_backend_goes_before_that_of_the_run() -> None:
     assert ways(session) == [["folded", ["one"]]]
 
 
-def test_one_call_of_teachers_that_are_alike_is_measured_against_their_fastest_ways() -> None:
+def slow_backends(monkeypatch: pytest.MonkeyPatch, *, single: float = 0.0, graph: float = 0.0) -> None:
+    """Make backends of one teacher, or graphs of several, take longer."""
+    real = Backend.run
+    monkeypatch.setattr(
+        Backend, "run", lambda self, values: (time.sleep(single if len(self.calls) == 1 else graph), real(self, values))
+    )
+
+
+def test_one_call_of_teachers_that_are_alike_is_measured_against_their_fastest_ways(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     session = session_of(TWO, AUTO)
     slow_down(session, 0.02)  # of the batched call as well
+    slow_backends(monkeypatch, graph=0.02)
     lines = decide(session, None, worth=FOLDED)
-    assert [line.partition(":")[0] for line in lines] == ["teacher one", "teacher two", "teachers one, two"]
+    names = [line.partition(":")[0] for line in lines]
+    assert names == ["teacher one", "teacher two", "teachers one, two", "teachers one, two"]
     assert lines[2].startswith("teachers one, two: called one after another")
+    assert re.match(r"teachers one, two: no graph of all, as one after another \S+ ms; folded \S+ ms; onnx", lines[3])
     assert ways(session) == [["folded", ["one"]], ["folded", ["two"]]]
+
+
+def test_teachers_that_are_not_alike_become_one_graph_where_that_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    session = session_of(TWO, AUTO, {"teachers": {"two": {"width": 3}, "far": {"use": "small", "offload": "cpu"}}})
+    slow_down(session, 0.05)
+    slow_backends(monkeypatch, single=0.02)
+    first, last = decide(session, None, worth=FOLDED)
+    assert first == "teacher far: eager, as it has a place or a precision of its own"
+    assert re.fullmatch(
+        r"teachers one, two: one graph of folded \(within \S+ of eager\), \S+ ms; one after another \S+ ms; "
+        r"onnxruntime not tried, as all calls take \S+ s; openvino not tried, .*; compile not tried, .*",
+        last,
+    )
+    assert ways(session) == [["folded", ["one", "two"]]]
+    assert [call.name for call in session.teachers.live] == ["far"]
+
+
+def test_one_graph_goes_before_a_batched_call_that_takes_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    session = session_of(TWO, AUTO)
+    slow_backends(monkeypatch, single=0.1)
+    for call in session.teachers.live:
+        call.module.network.net.register_forward_hook(
+            lambda module, inputs, output: None if torch.compiler.is_exporting() else time.sleep(0.03)
+        )
+    (line,) = decide(session, None, worth=FOLDED)
+    assert line.startswith("teachers one, two: one graph of folded (within ")
+    assert ways(session) == [["folded", ["one", "two"]]]
+    plain = session_of(TWO)
+    found = session.teachers(session.feed.at(0), session.knobs.at(session.clock))
+    expected = plain.teachers(plain.feed.at(0), plain.knobs.at(plain.clock))
+    torch.testing.assert_close(found, expected)
+
+
+def test_no_graph_is_tried_where_training_is_too_short_or_it_is_never_to_be() -> None:
+    lines = decide(session_of(TWO, AUTO), None)
+    assert re.match(r"teachers one, two: no graph of all; folded not tried, as all calls take \S+ s; onnx", lines[-1])
+    never = decide(session_of(TWO, AUTO, {"runtime": {"teacher_batching": "never"}}), None)
+    assert [line.partition(":")[0] for line in never] == ["teacher one", "teacher two"]
+
+
+def test_a_graph_of_several_needs_as_much_time_for_each_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    session = session_of(TWO, AUTO, {"teachers": {"two": {"width": 3}}})
+    waiting = 0.05
+    slow_down(session, waiting)
+    seconds = session.steps * waiting
+    worth = {**FOLDED, "folded": 1.9 * seconds}  # more than the calls of one teacher take, less than those of both
+    assert "folded not tried" in decide(session, None, worth=worth)[-1]
+
+
+def test_always_one_call_is_one_graph_of_teachers_with_one_backend_by_name() -> None:
+    layer = {
+        "runtime": {"backend": "folded", "teacher_batching": "always"},
+        "teachers": {"two": {"width": 3}, "slow": {"use": "small", "backend": "eager"}},
+    }
+    check_run(prepared(TWO, layer), quiet())
+    session, eager = session_of(TWO, layer), session_of(TWO, {**layer, "runtime": {}})
+    (line,) = decide(session, None)
+    assert re.fullmatch(r"teachers one, two: one graph of folded \(within \S+ of eager\)", line)
+    assert ways(session) == [["folded", ["one", "two"]]]
+    for mine, own in zip(Seen(eager).steps, Seen(session).steps, strict=True):
+        torch.testing.assert_close(own.terms["total"], mine.terms["total"], rtol=1e-5, atol=1e-6)
+
+
+def test_teachers_that_cannot_be_the_graph_that_was_asked_for_are_named() -> None:
+    session = session_of(TWO, {"runtime": {"backend": "folded", "teacher_batching": "always"}})
+    hook = session.teachers.live[1].module.network.net.register_forward_hook
+    hook(lambda module, inputs, output: output * (2 if float(output.sum()) > 0 else 1))
+    with pytest.raises(PlanError, match=r"runtime.teacher_batching: one, two cannot be one graph of folded: GuardOn"):
+        decide(session, None)
+
+
+def test_a_resumed_run_goes_on_with_its_graph() -> None:
+    first, second, third = (session_of(TWO, AUTO) for _ in range(3))
+    state = {**training_state(first, 0.0), "teacher_ways": [["folded", ["one", "two"]]]}
+    restore(second, state, "here")
+    (line,) = decide(second, state["teacher_ways"])
+    assert re.fullmatch(r"teachers one, two: one graph of folded \(within \S+ of eager\)", line)
+    assert ways(second) == state["teacher_ways"] == training_state(second, 0.0)["teacher_ways"]
+    hook = third.teachers.live[0].module.network.net.register_forward_hook
+    hook(lambda module, inputs, output: output * (2 if float(output.sum()) > 0 else 1))
+    with pytest.raises(PlanError, match=r"teachers, as the run began: one, two cannot be one graph of folded: Guard"):
+        decide(third, state["teacher_ways"])
+
+
+def test_a_graph_that_was_asked_for_is_a_sessions_own_side_by_side() -> None:
+    shared = Shared()
+    layer = {"runtime": {"backend": "folded", "teacher_batching": "always"}}
+    sessions = [session_of(TWO, layer), session_of(TWO, layer), session_of(TWO)]
+    for session in sessions:
+        shared.join(session)
+        decide(session, None)
+    assert [ways(session) for session in sessions] == [[["folded", ["one", "two"]]]] * 2 + [[]]
+    one, two, eager = (session.teachers(session.feed.at(0), session.knobs.at(session.clock)) for session in sessions)
+    assert all(torch.equal(value, two[key]) for key, value in one.items())
+    torch.testing.assert_close(one, eager)
 
 
 def test_always_one_call_goes_before_a_measurement() -> None:
@@ -129,9 +237,14 @@ def test_always_one_call_goes_before_a_measurement() -> None:
     assert ways(session) == [["batched", ["one", "two"]]]
 
 
-def test_always_one_call_is_refused_where_teachers_have_backends_by_name() -> None:
-    layer = {"runtime": {"backend": "folded", "teacher_batching": "always"}}
-    with pytest.raises(PlanError, match=r"found 'always', but no two of .* or backend of their own"):
+def test_always_one_call_is_refused_where_teachers_have_different_backends_by_name() -> None:
+    layer = {
+        "runtime": {"backend": "folded", "teacher_batching": "always"},
+        "teachers": {"two": {"backend": "compile"}},
+    }
+    with pytest.raises(
+        PlanError, match=r"found 'always', but no two of .* or one backend by name and one input; expec"
+    ):
         check_run(prepared(TWO, layer), quiet())
 
 

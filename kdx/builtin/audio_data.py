@@ -22,6 +22,9 @@ from kdx.options import read_options
 from kdx.randomness import Randomness
 from kdx.types import Batch, DataFacts, StreamFacts
 
+FRONTS = ("mel", "mfcc")
+"""The streams of spectrograms that are made from waveforms."""
+
 
 class AudioDataset(ImageDataset):
     """A data set with a stream `audio`, int16 or float `[T]` for one sample, and perhaps one of images.
@@ -91,6 +94,9 @@ class AudioDataset(ImageDataset):
         if name == "audio" or name in self._fronts:
             return self._acts_on("audio", name)
         return super().varies(stream)
+
+    def _sizes(self) -> dict[str, tuple[int, int]]:
+        return {name: size for name, size in super()._sizes().items() if name not in FRONTS}
 
     def _varied(self, waves: Tensor, mask: Tensor | None, randomness: Randomness) -> tuple[Tensor, Tensor | None]:
         """Waveforms after augmentation, and their mask, which moves with them."""

@@ -25,15 +25,20 @@ from kdx.randomness import Randomness
 class Augmentation(ABC):
     """One step of `data.augment`; its options are the fields of the dataclass.
 
-    One that `mixes` gives images that their labels no longer describe, so it may stand in a view alone. `acts_on` is
-    the kind of stream that it is for: `image`, `audio` or `mel`.
+    One that `mixes` gives images that their labels no longer describe, so it may stand in a view alone; it names the
+    random numbers that say how much of each is whose. `acts_on` is the kind of stream that it is for: `image`, `audio`
+    or `mel`.
     """
 
     acts_on: ClassVar[str] = "image"
-    mixes: ClassVar[bool] = False
+    mixes: ClassVar[str] = ""
 
     @abstractmethod
     def __call__(self, images: Tensor, randomness: Randomness) -> Tensor: ...
+
+    def shares(self, randomness: Randomness, size: tuple[int, int]) -> Tensor:
+        """How much of each result is the sample itself, [B], for images of this height and width."""
+        raise AssertionError(f"{type(self).__name__} mixes nothing")
 
 
 @dataclass(frozen=True)
@@ -174,7 +179,7 @@ class Mixup(Augmentation):
     the partner.
     """
 
-    mixes: ClassVar[bool] = True
+    mixes: ClassVar[str] = "mixup"
     low: float = 0.0
     high: float = 1.0
 
@@ -183,12 +188,62 @@ class Mixup(Augmentation):
         _within("high", self.high, self.low, 1)
 
     def __call__(self, images: Tensor, randomness: Randomness) -> Tensor:
-        ratio = self.share(randomness).reshape(-1, 1, 1, 1)
+        ratio = self.shares(randomness, _size(images)).reshape(-1, 1, 1, 1)
         return torch.lerp(images.roll(1, 0), images, ratio.to(images))
 
-    def share(self, randomness: Randomness) -> Tensor:
-        """How much of each mixture is the image itself, `r`, [B]."""
+    def shares(self, randomness: Randomness, size: tuple[int, int]) -> Tensor:
         return self.low + randomness.uniform("mixup", 1).squeeze(1) * (self.high - self.low)
+
+
+@dataclass(frozen=True)
+class CutMix(Augmentation):
+    """Puts a rectangle of a partner into each image, with this probability (Yun et al., ICCV 2019).
+
+    A share `r` of the area is to stay, drawn evenly from `low` to `high` for each image. The rectangle has the sides
+    of the image times `sqrt(1 - r)`, rounded down, around a pixel that is drawn evenly, and is cut off at the borders.
+    The share that is then recorded is that of the pixels which did stay. Partners and records are those of `mixup`.
+    """
+
+    mixes: ClassVar[str] = "cutmix"
+    low: float = 0.0
+    high: float = 1.0
+    probability: float = 1.0
+
+    def __post_init__(self) -> None:
+        _within("low", self.low, 0, 1)
+        _within("high", self.high, self.low, 1)
+        _within("probability", self.probability, 0, 1)
+
+    def __call__(self, images: Tensor, randomness: Randomness) -> Tensor:
+        H, W = _size(images)
+        top, bottom, left, right = self.box(randomness, (H, W))[:, :, None]
+        y, x = torch.arange(H, device=images.device), torch.arange(W, device=images.device)
+        rows, columns = (y >= top) & (y < bottom), (x >= left) & (x < right)
+        return torch.where((rows[:, :, None] & columns[:, None, :])[:, None], images.roll(1, 0), images)
+
+    def shares(self, randomness: Randomness, size: tuple[int, int]) -> Tensor:
+        top, bottom, left, right = self.box(randomness, size)
+        cut: Tensor = (bottom - top) * (right - left) / (size[0] * size[1])
+        return 1 - cut
+
+    def box(self, randomness: Randomness, size: tuple[int, int]) -> Tensor:
+        """The rectangle of each image, as `rectangles` gives it."""
+        draw = randomness.uniform("cutmix", 4)
+        kept = self.low + draw[:, 0] * (self.high - self.low)
+        return rectangles(torch.where(draw[:, 3] < self.probability, kept, 1.0), draw[:, 1:3], size)
+
+
+def rectangles(kept: Tensor, centre: Tensor, size: tuple[int, int]) -> Tensor:
+    """First row, row after the last, first column and column after the last of rectangles, int64 [4, B].
+
+    They would leave a share `kept` [B] of an image of this height and width, did they not reach over its borders, and
+    lie around `centre` [B, 2], which is from 0 to below 1 along each axis.
+    """
+    edges = []
+    for extent, place in zip(size, centre.unbind(1), strict=True):
+        length, middle = (extent * (1 - kept).sqrt()).long(), (extent * place).long()
+        edges += [(middle - length // 2).clamp(0, extent), (middle + (length + 1) // 2).clamp(0, extent)]
+    return torch.stack(edges)
 
 
 AUGMENTATIONS: dict[str, type[Augmentation]] = {
@@ -199,6 +254,7 @@ AUGMENTATIONS: dict[str, type[Augmentation]] = {
     "brightness_contrast": BrightnessContrast,
     "rotate": Rotate,
     "mixup": Mixup,
+    "cutmix": CutMix,
 }
 
 
@@ -214,6 +270,10 @@ def read_augment(
             raise ConfigError(f"data.augment.{name}: found {fields!r}, expected a mapping of options, as in {{}}")
         steps.append(read_options(known[name], fields or {}, f"data.augment.{name}"))
     return tuple(steps)
+
+
+def _size(images: Tensor) -> tuple[int, int]:
+    return images.shape[-2], images.shape[-1]
 
 
 def _within(name: str, found: float, least: float, most: float) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from kdx.builtin.augment import AUGMENTATIONS, Augmentation, Mixup, read_augment
+from kdx.builtin.augment import AUGMENTATIONS, Augmentation, read_augment
 from kdx.components import Dataset, Split
 from kdx.data import TensorSplit
 from kdx.errors import ConfigError
@@ -22,6 +22,9 @@ from kdx.types import Batch, DataFacts, StreamFacts
 
 STATISTICS_FROM = 512
 """How many images the statistics of a data set are computed from where its images lie in files."""
+BLOCK = 1 << 16
+"""How many values are looked at at once. The memory of larger results goes back to the system after each operation,
+which takes 8 times as long."""
 
 
 class ImageDataset(Dataset):
@@ -67,23 +70,33 @@ class ImageDataset(Dataset):
         other = copy.copy(self)  # what has been read is shared
         other.config = config
         other._augment = read_augment(config.augment, self.augmentations)
+        _check_one_mixture(config.augment, other._augment, [*self._sizes().values()])
         return other
 
     @property
     def records(self) -> Mapping[str, StreamFacts]:
-        mixes = any(isinstance(step, Mixup) for step in self._augment)
+        mixes = any(step.mixes for step in self._augment)
         return {"mix_share": StreamFacts("vector", ()), "mix_partner": StreamFacts("vector", ())} if mixes else {}
 
     def on_device(self, batch: Batch, randomness: Randomness | None) -> Batch:
         found = {name: self._ready(batch[name], name, randomness) for name in batch}
-        if randomness is not None:
-            for step in self._augment:
-                if isinstance(step, Mixup):
-                    found |= {"mix_share": step.share(randomness), "mix_partner": batch["index"].roll(1, 0)}
+        mixing = next((step for step in self._augment if step.mixes), None)
+        if randomness is not None and mixing is not None:
+            share = mixing.shares(randomness, next(iter(self._sizes().values()), (1, 1)))
+            found |= {"mix_share": share, "mix_partner": batch["index"].roll(1, 0)}
         return found
 
     def varies(self, stream: str) -> bool:
         return self._facts.streams[stream].kind == "image" and self._acts_on("image")
+
+    def mixes(self, stream: str) -> bool:
+        kind = "image" if stream in self._sizes() else stream
+        return any(step.mixes and step.acts_on == kind for step in self._augment)
+
+    def _sizes(self) -> dict[str, tuple[int, int]]:
+        """Height and width of each stream of images."""
+        streams = self._facts.streams.items()
+        return {name: (facts.shape[-2], facts.shape[-1]) for name, facts in streams if facts.kind == "image"}
 
     def _acts_on(self, *kinds: str) -> bool:
         """Whether a step of the augmentation is for one of these kinds of streams."""
@@ -109,6 +122,32 @@ def _check_labels_hold(options: Mapping[str, Any], augment: Iterable[Augmentatio
                 f"as in `data: {{views: {{mixed: {{augment: {{{name}: {{}}}}}}}}}}`, for losses without labels, "
                 "as in `inputs: {student: student@mixed.logits, teacher: teacher@mixed.logits}`"
             )
+
+
+def _check_one_mixture(
+    options: Mapping[str, Any], augment: Iterable[Augmentation], sizes: Sequence[tuple[int, int]]
+) -> None:
+    """Refuse what the one record of a view, of what was mixed with what, cannot say."""
+    steps = [*zip(options, augment, strict=True)]
+    mixing = {name: step for name, step in steps if step.mixes}
+    if len({(step.mixes, *vars(step).items()) for step in mixing.values()}) > 1:
+        raise ConfigError(
+            f"data.augment.{[*mixing][-1]}: found {' and '.join(mixing)} in one view, expected one way of mixing; give "
+            "each a view of its own"
+        )
+    if "cutmix" not in mixing:
+        return
+    if len({*sizes}) != 1:
+        raise ConfigError(
+            f"data.augment.cutmix: found images of {len({*sizes})} sizes, expected one, for the share of a rectangle "
+            "is that of its pixels"
+        )
+    after = [name for name, step in steps[[*options].index("cutmix") + 1 :] if step.acts_on == "image"]
+    if after:
+        raise ConfigError(
+            f"data.augment.cutmix: found {', '.join(after)} after it, expected it last: what moves or covers pixels "
+            "changes the share of its rectangle"
+        )
 
 
 def to_unit(images: Tensor) -> Tensor:
@@ -151,8 +190,8 @@ def _facts(name: str, tensor: Tensor) -> StreamFacts:
 def _statistics(tensor: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation per channel (axis 1), on the scale of `to_unit`."""
     moments = torch.zeros(2, tensor.shape[1], dtype=torch.float64)
-    for first in range(0, len(tensor), 1024):
-        moments += _sums(tensor[first : first + 1024].transpose(0, 1).flatten(1))
+    for block in torch.split(tensor, max(1, BLOCK // tensor[0].numel())):
+        moments += _sums(block.transpose(0, 1).flatten(1))
     mean, square = moments * tensor.shape[1] / tensor.numel()
     std = (square - mean.square()).clamp(min=0).sqrt()
     # A channel that never varies would make a normalised input infinite.
@@ -169,7 +208,7 @@ def _sums(channels: Tensor) -> Tensor:
     return torch.stack([values.sum(1), values.square().sum(1)])
 
 
-def digest(parts: Iterable[bytes | str]) -> str:
+def digest(parts: Iterable[bytes | memoryview | str]) -> str:
     """The SHA-256 of these parts, each with its length, so that no two sequences agree by chance."""
     found = hashlib.sha256()
     for part in parts:
@@ -179,15 +218,15 @@ def digest(parts: Iterable[bytes | str]) -> str:
     return found.hexdigest()
 
 
-def tensor_parts(tensors: Mapping[str, Tensor]) -> Iterable[bytes | str]:
-    """Name, type, shape and content of tensors, for `digest`."""
+def tensor_parts(tensors: Mapping[str, Tensor]) -> Iterable[memoryview | str]:
+    """Name, type, shape and content of tensors, for `digest`; the content is not copied."""
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
         yield f"{name} {tensor.dtype} {tuple(tensor.shape)}"
-        yield tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+        yield tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
-def sampled(split: Split, count: int = 64) -> Iterable[bytes | str]:
+def sampled(split: Split, count: int = 64) -> Iterable[memoryview | str]:
     """For `digest`: all labels, and the content of up to `count` samples that are spread evenly over the split."""
     if isinstance(split, TensorSplit):
         return tensor_parts(split.tensors)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import lzma
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -61,14 +61,22 @@ class FashionMnist(ImageDataset):
     @cached_property
     def splits(self) -> dict[str, TensorSplit]:
         try:
-            content = io.BytesIO(lzma.decompress(FILE.read_bytes()))
+            images, labels, test_images, test_labels = _read(FILE)
         except (OSError, lzma.LZMAError) as error:
             raise DataError(f"data: the Fashion-MNIST file of kdx cannot be read: {FILE}: {error}") from error
-        arrays = [torch.from_numpy(np.load(content, allow_pickle=False)) for _ in range(4)]
         return {
-            "train": TensorSplit({"image": arrays[0][:, None], "label": arrays[1].long()}),
-            "test": TensorSplit({"image": arrays[2][:, None], "label": arrays[3].long()}),
+            "train": TensorSplit({"image": images[:, None], "label": labels.long()}),
+            "test": TensorSplit({"image": test_images[:, None], "label": test_labels.long()}),
         }
+
+
+@cache
+def _read(path: Path) -> list[torch.Tensor]:
+    """The four arrays of the file, unpacked once for all runs of a process: a run opens its data for each run that it
+    needs.
+    """
+    content = io.BytesIO(lzma.decompress(path.read_bytes()))
+    return [torch.from_numpy(np.load(content, allow_pickle=False)) for _ in range(4)]
 
 
 DATASETS: list[type[Dataset]] = [

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from kdx.components import Given, Loss
 from kdx.errors import ConfigError
-from kdx.fused import cross_entropy_sum
+from kdx.fused import cross_entropy_sum, goes_whole
 
 
-def cross_entropy(student: Tensor, label: Tensor, label_smoothing: float = 0.0) -> Tensor:
+def cross_entropy(student: Tensor, label: Tensor, label_smoothing: float = 0.0, *, labelled: bool = False) -> Tensor:
     """Mean cross-entropy over the samples that have a label; 0, with a graph, where none has one.
 
     `student` [B, K] are logits, `label` [B] holds classes from 0 and -1 for none. `label_smoothing` spreads that part
-    of the target evenly over all K classes.
+    of the target evenly over all K classes. Where all samples are known to be `labelled`, none is looked for.
     """
-    return cross_entropy_sum(student, label, label_smoothing) / (label != -1).sum().clamp(min=1)
+    if labelled and goes_whole(student):
+        return F.cross_entropy(student, label, ignore_index=-1, label_smoothing=label_smoothing)
+    total = cross_entropy_sum(student, label, label_smoothing)
+    return total / (len(label) if labelled else (label != -1).sum().clamp(min=1))
 
 
 class CrossEntropy(Loss):
@@ -39,9 +43,10 @@ class CrossEntropy(Loss):
         super().__init__(config, given)
         if not 0 <= config.label_smoothing < 1:
             raise ConfigError(f"label_smoothing: found {config.label_smoothing}, expected a share from 0 and below 1")
+        self._labelled = given.facts.labelled and given.refs.get("label") == "batch.label"
 
     def forward(self, student: Tensor, label: Tensor) -> Tensor:
-        return cross_entropy(student, label, self.config.label_smoothing)
+        return cross_entropy(student, label, self.config.label_smoothing, labelled=self._labelled)
 
 
 LOSSES: list[type[Loss]] = [CrossEntropy]

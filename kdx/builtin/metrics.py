@@ -8,14 +8,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics import MetricCollection, SumMetric
-from torchmetrics.classification import (
-    MulticlassAccuracy,
-    MulticlassCalibrationError,
-    MulticlassConfusionMatrix,
-    MulticlassF1Score,
-    MulticlassRecall,
-)
 
 from kdx.components import Metric
 from kdx.errors import DataError, PlanError
@@ -41,6 +33,15 @@ class Classification(Metric):
                 raise ValueError(f"bins: found {self.bins}, expected 1 or more")
 
     def __init__(self, config: Config, facts: DataFacts, device: torch.device) -> None:
+        from torchmetrics import MetricCollection, SumMetric  # takes a second, which only an evaluation should pay
+        from torchmetrics.classification import (
+            MulticlassAccuracy,
+            MulticlassCalibrationError,
+            MulticlassConfusionMatrix,
+            MulticlassF1Score,
+            MulticlassRecall,
+        )
+
         super().__init__(config, facts, device)
         K = self._classes = len(facts.classes)
         if K < 2:

@@ -6,7 +6,7 @@ import io
 import lzma
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -106,17 +106,23 @@ class SpokenDigits(AudioDataset):
     @cached_property
     def splits(self) -> dict[str, PairSplit]:
         try:
-            with np.load(io.BytesIO(lzma.decompress(FILE.read_bytes())), allow_pickle=False) as arrays:
-                found = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+            found, clips = _read(FILE)
         except (OSError, lzma.LZMAError, ValueError) as error:
             raise DataError(f"data: the file of spoken digits of kdx cannot be read: {FILE}: {error}") from error
-        clips = unpack(found["sound"], found["lengths"])
         splits = {name: _split(found, clips, number) for number, name in enumerate(SPLITS)}
         if self.config.silent:
             for name, split in splits.items():
                 share = self.config.silent if name == "train" else 0.0
                 split.present = _present(len(split), share, self.config.silent_seed)
         return splits
+
+
+@cache
+def _read(path: Path) -> tuple[dict[str, Tensor], Tensor]:
+    """The arrays of the file, and its clips `[N, SAMPLES]`, unpacked once for all runs of a process."""
+    with np.load(io.BytesIO(lzma.decompress(path.read_bytes())), allow_pickle=False) as arrays:
+        found = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+    return found, unpack(found["sound"], found["lengths"])
 
 
 def _present(count: int, silent: float, seed: int) -> Tensor:

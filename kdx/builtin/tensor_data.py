@@ -68,7 +68,7 @@ class TensorDataset(ImageDataset):
 
     @cached_property
     def _digest(self) -> str:
-        parts: list[bytes | str] = [" ".join(self.classes())]
+        parts: list[memoryview | str] = [" ".join(self.classes())]
         for name, split in self.splits.items():
             if isinstance(split, TensorSplit):
                 parts += [name, *tensor_parts(split.tensors)]
