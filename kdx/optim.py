@@ -119,8 +119,10 @@ def _groups(groups: Iterable[Trained]) -> list[dict[str, Any]]:
 
 
 def bare_step(optimizer: torch.optim.Optimizer) -> Callable[[], object]:
-    """`optimizer.step`, to be called without gradient. For the optimizers of torch without what is wrapped around it for
-    profilers, hooks and compilers, which takes as long as the update of a small net.
+    """`optimizer.step`, to be called without gradient.
+
+    For the optimizers of torch it is without what they wrap around it for profilers, hooks and compilers, which takes
+    as long as the update of a small net.
     """
     step: Callable[..., object] = type(optimizer).step
     if type(optimizer).__module__.startswith("torch.optim."):
