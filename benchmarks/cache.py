@@ -127,9 +127,7 @@ def shown(values: list[float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--net", nargs="+", choices=[*NETS], default=[*NETS])
-    parser.add_argument(
-        "--rounds", type=int, default=60, help="measured updates of each case; 10 times as many for mlp"
-    )
+    parser.add_argument("--rounds", type=int, default=60, help="measured turns of each case")
     parser.add_argument("--batches", type=int, default=64, help="batches of samples")
     parser.add_argument("--fills", type=int, default=5, help="measured fillings")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch")

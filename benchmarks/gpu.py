@@ -351,6 +351,8 @@ def main() -> None:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--small", action="store_true", help="tiny nets at 32 pixels, to try the code")
     options = parser.parse_args()
+    if options.rounds < 2:
+        parser.error(f"argument --rounds: found {options.rounds}, expected 2 or more, as quartiles are shown")
     if options.device == "cuda" and not torch.cuda.is_available():
         sys.exit(NOT_HERE)
     warnings.simplefilter("ignore")  # of other libraries

@@ -149,7 +149,7 @@ def compare(calls: Sequence[ModelCall], found: Values, batch: Batch) -> float:
         mine, own = found[key], expected[key]
         if mine.shape != own.shape or mine.dtype != own.dtype:
             raise PlanError(f"{key} would be {mine.dtype} {[*mine.shape]}, expected {own.dtype} {[*own.shape]}")
-        scale = float(own.abs().max()) or 1.0
+        scale = float(own.double().abs().max()) or 1.0
         gap = float((mine.double() - own.double()).abs().max()) / scale
         allowed = TOLERANCE.get(own.dtype, 0.0)
         if not gap <= allowed:

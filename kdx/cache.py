@@ -344,4 +344,5 @@ def changes(options: CacheOptions, *, alone: bool) -> list[Any] | None:
         sums = sorted(_finished(options.folder, meta).items())
         return [forms, hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()]
     inexact = [form for form in forms if form[3] is not None or form[1] not in ("float32", "float64", form[2])]
-    return inexact or None
+    is_of_plain = options.one_view and meta.parts.get("augmentation") is None
+    return [*inexact, *(["one_view"] if is_of_plain else [])] or None

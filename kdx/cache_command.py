@@ -35,6 +35,7 @@ def cache_arguments(parser: argparse.ArgumentParser) -> None:
 def cache(options: argparse.Namespace) -> int:
     """Fill the caches of a config; the runs that its teachers are from are trained first where they are missing."""
     from kdx.cache import read_meta
+    from kdx.cache_fill import held
     from kdx.cache_import import import_answers
     from kdx.cache_search import folders
     from kdx.config import given_text, load
@@ -43,6 +44,7 @@ def cache(options: argparse.Namespace) -> int:
     from kdx.runs import Options, carry_out, fill_caches, prepare
     from kdx.runtime import Runtime
 
+    _check_import(options)
     out, notes = Console(), Console(stderr=True)
     stopper = Stopper(notes)
     how = Options(console=notes, quiet=options.quiet, stop=stopper)
@@ -56,7 +58,8 @@ def cache(options: argparse.Namespace) -> int:
         )
     if options.file is not None:
         one = _chosen(prepared, options.teacher)
-        import_answers(one, prepared.splits, options.file, options.index, options.field)
+        with held([one], lambda text: notes.print(text, markup=False, highlight=False)):
+            import_answers(one, prepared.splits, options.file, options.index, options.field)
     else:
         filled = [one.item for one in prepared.caches.values() if one.options.folder is None]
         read = {base_of(item): None for one in filled for item in upstream(prepared.reached, one)}
@@ -70,6 +73,13 @@ def cache(options: argparse.Namespace) -> int:
             text = "there is none yet" if meta is None else f"{size(meta.size())}, {meta.samples} samples"
             out.print(f"{item}: {folder}: {text}", markup=False, highlight=False, soft_wrap=True)
     return 0
+
+
+def _check_import(options: argparse.Namespace) -> None:
+    """Refuse what says how answers are brought in where none are."""
+    for name in ("index", "teacher"):
+        if options.file is None and getattr(options, name) is not None:
+            raise ConfigError(f"--{name}: found it without --import, expected --import FILE as well, or neither")
 
 
 def _chosen(prepared: Prepared, name: str | None) -> Wanted:

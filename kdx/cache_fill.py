@@ -24,6 +24,7 @@ from kdx.errors import DataError, KdxError, PlanError
 from kdx.formats import size as size_text
 from kdx.guard import NAMED, guarded
 from kdx.loader import in_order
+from kdx.locks import wait_for
 from kdx.plan import Plan
 from kdx.presence import ALWAYS
 from kdx.presence import held as present_of
@@ -72,8 +73,13 @@ class Source:
 
 
 @contextmanager
-def held(wanted: Iterable[Wanted], say: Callable[[str], None]) -> Iterator[None]:
-    """Hold the locks of caches that are to be filled; another process that fills them is waited for."""
+def held(
+    wanted: Iterable[Wanted], say: Callable[[str], None], stop: Callable[[], bool] = lambda: False
+) -> Iterator[None]:
+    """Hold the locks of caches that are to be filled; another process that fills them is waited for.
+
+    Raises `Stopped` when it is asked to stop while it waits.
+    """
     with ExitStack() as stack:
         for folder in sorted({one.folder for one in wanted}):
             lock = filelock.FileLock(folder.parent / f".{folder.name}.lock")
@@ -82,7 +88,7 @@ def held(wanted: Iterable[Wanted], say: Callable[[str], None]) -> Iterator[None]
                 lock.acquire(timeout=0)
             except filelock.Timeout:
                 say(f"{folder}: another process fills it; waiting")
-                lock.acquire()
+                wait_for(lock, stop, f"{folder}: stopped while another process fills it")
             except OSError as error:
                 raise KdxError(f"nothing can be written into {folder.parent}: {error.strerror or error}") from error
             stack.callback(lock.release)
@@ -196,8 +202,9 @@ def _answers(
     rows = [place for block in blocks for place in _filled_up(block, size, len(source.splits.train))]
     if not rows:
         return
-    train = source.splits.train
-    batches = in_order(View(train.source, train.positions[torch.tensor(rows)], None), size, source.workers)
+    train, chosen = source.splits.train, torch.tensor(rows)
+    labels = None if train.labels is None else train.labels[chosen]
+    batches = in_order(View(train.source, train.positions[chosen], labels), size, source.workers)
     for block in blocks:
         parts: dict[str, dict[str, list[Tensor]]] = {job.wanted.item: {} for job in jobs}
         for _ in range(-(-len(block) // size)):
@@ -276,8 +283,10 @@ def _meta(job: Job, plan: Plan, source: Source) -> Meta:
             )
     if job.nodes:
         check_samples(wanted.where, job.nodes, values)
-        made_of = _chain(plan, wanted.item, whole=True)[:-1]
-        parts[INPUTS] = {key: list(plan.shapes[key]) for call in made_of for key in call.gives if key in plan.shapes}
+        *made_of, target = _chain(plan, wanted.item, whole=True)
+        read = {key for call in (*made_of, target) for key in call.reads}  # others may read more of these calls
+        given = (key for call in made_of for key in call.gives)
+        parts[INPUTS] = {key: list(plan.shapes[key]) for key in given if key in read and key in plan.shapes}
     logits = answers.get("logits")
     if options.top is not None and logits is not None and logits.ndim == 2 and options.top >= logits.shape[1]:
         classes = logits.shape[1]

@@ -78,15 +78,15 @@ def _places(index: Tensor | None, tensors: Mapping[str, Tensor], splits: Splits,
     """The row of each training sample, int64 [samples]."""
     size, positions = splits.facts.size, splits.train.positions
     counts = {name: len(tensor) if tensor.ndim else 0 for name, tensor in tensors.items()}
-    rows = size if index is None else len(index) if index.ndim == 1 else -1
+    if index is not None and (index.ndim != 1 or index.is_floating_point() or index.dtype == torch.bool):
+        raise DataError(f"{path}: found an index of {index.dtype} {list(index.shape)}, expected whole numbers [N]")
+    rows = size if index is None else len(index)
     for name, count in counts.items():
         if count != rows:
             expected = f"{size}, one for each sample, or an index" if index is None else f"{rows}, as the index has"
             raise DataError(f"{path}: {name} has {count} rows, expected {expected}")
     if index is None:
         return positions
-    if index.is_floating_point() or index.dtype == torch.bool:
-        raise DataError(f"{path}: found an index of {index.dtype}, expected whole numbers")
     index = index.long()
     if len(index) and (int(index.min()) < 0 or int(index.max()) >= size):
         raise DataError(

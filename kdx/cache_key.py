@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,9 +17,10 @@ from kdx.cache_options import CacheOptions, read_cache
 from kdx.components import Dataset
 from kdx.data import Splits
 from kdx.errors import ConfigError, DataError, did_you_mean
-from kdx.identity import model_content
+from kdx.identity import model_content, suppliers
 from kdx.options import plain_options
 from kdx.plan import streams_of
+from kdx.plugins import BUILTIN
 from kdx.randomness import Randomness
 from kdx.reach import Reach, base_of
 from kdx.spec import ModelSpec, RunSpec
@@ -41,6 +42,8 @@ _DIFFERS = {
     "teachers": "the teachers that it reads, or their weights, are others",
     "labels": "the labels are others",
     "data": "the data are others",
+    "data_plugin": "the plugin of the data is another version",
+    "classes": "the classes, or their order, are others",
     "samples": "the training samples are others",
     "augmentation": "the augmentation, its seed or the number of views is another",
 }
@@ -109,10 +112,12 @@ class Wanted:
         It may hold more fields than are wanted, or less, and more views.
         """
         for name, expected in self.parts.items():
-            found = meta.parts.get(name)
+            found = _told(meta, name)
             if found == expected or name == "samples" or (name == "form" and self.options.folder is not None):
                 continue
             if name == "augmentation" and self._serves(meta, found, expected):
+                continue
+            if name == "classes" and found is None:
                 continue
             held = [field for field in self.fields if field in meta.fields]
             if name == "taps" and isinstance(found, dict) and all(found.get(f) == expected.get(f) for f in held):
@@ -125,7 +130,7 @@ class Wanted:
         advice = "`cache: true` fills a right one" if self.at_hand else "fill it anew for this data"
         raise DataError(
             f"{self.where}: {folder} is not of this {self.kind} on this data: {_DIFFERS.get(name, name)} "
-            f"(found {_short(meta.parts.get(name))}, expected {_short(self.parts[name])}); {advice}"
+            f"(found {_short(_told(meta, name))}, expected {_short(self.parts[name])}); {advice}"
         )
 
     def _serves(self, meta: Meta, found: Any, expected: Any) -> bool:
@@ -170,30 +175,51 @@ def _wanted(
     view = item.removeprefix(model.name)
     streams = [f"{stream}{view}" for stream in streams_of(model, splits.facts)]
     varies = check_repeatable(where, options, streams, spec, dataset, splits)
-    source = {key: value for key, value in plain_options(dataset.config).items()
-              if key not in (*dataset.places, *spec.data.entry.component.view_options)}  # fmt: skip
     parts: dict[str, Any] = {
-        "data": [spec.data.entry.component.name, dataset.fingerprint(), json.dumps(source, default=str)],
-        "samples": digest_of(splits.train.positions.tolist()),
-        "augmentation": [augmentation_of(dataset, view), streams, spec.view_count, spec.root.seed] if varies else None,
+        **samples_content(spec, dataset, splits),
+        "augmentation": augmentation_content(dataset, streams, spec) if varies else None,
     }
-    if at_hand:
+    if not at_hand:
+        parts["classes"] = list(splits.facts.classes)
+    else:
+        supply = suppliers([model], spec.registry)
+        parts |= data_plugin(spec)
         content = model_content(model, fields, needs.get(model.name))
         weights = content.pop("weights")
         parts |= {
             "taps": content.pop("taps"),
             "model": [content, list(splits.facts.classes)],
             "weights": weights if any(weights) else [*weights, spec.root.seed],  # first weights follow from the seed
-            "plugin": model.entry.plugin.digest,
+            "plugin": supply if len(supply) > 1 else model.entry.plugin.digest,
             "precision": precision_of(spec, model),
             "form": [options.dtype, options.top],
         }
     if options.top is not None and "logits" not in fields:
         raise ConfigError(f"{where}.top: it is for logits, and nothing reads those of {item}")
     parts = json.loads(json.dumps(parts, default=str))
-    folders = Path(options.where) if options.where is not None else Path(spec.root.out) / "cache"
     views = (spec.view_count or 1) if varies else 1
-    return Wanted(item, where, options, parts, fields, len(splits.train), views, folders, at_hand)
+    return Wanted(item, where, options, parts, fields, len(splits.train), views, folders_of(options, spec), at_hand)
+
+
+def samples_content(spec: RunSpec, dataset: Dataset, splits: Splits) -> dict[str, Any]:
+    """What the data are, but for their augmentation, and which samples a run trains on."""
+    source = {key: value for key, value in plain_options(dataset.config).items()
+              if key not in (*dataset.places, *spec.data.entry.component.view_options)}  # fmt: skip
+    return {
+        "data": [spec.data.entry.component.name, dataset.fingerprint(), json.dumps(source, default=str)],
+        "samples": digest_of(splits.train.positions.tolist()),
+    }
+
+
+def data_plugin(spec: RunSpec) -> dict[str, Any]:
+    """The code that decodes and augments, where it is not that of kdx: no fingerprint of the content tells of it."""
+    supply = suppliers([spec.data], spec.registry)
+    return {} if supply.keys() == {BUILTIN} else {"data_plugin": supply}
+
+
+def folders_of(options: CacheOptions, spec: RunSpec) -> Path:
+    """The folder of all caches."""
+    return Path(options.where) if options.where is not None else Path(spec.root.out) / "cache"
 
 
 def check_repeatable(
@@ -202,11 +228,11 @@ def check_repeatable(
     """Whether the streams vary at random. Raises `ConfigError` where they are not the same for a view and a sample."""
     first, again, parts = _tried(dataset, splits, spec.root.seed)
     named = ", ".join(streams)
-    if any(dataset.mixes(one) or not _alike(first[one], parts[one]) for one in streams):
+    if mixed := [one for one in streams if dataset.mixes(one) or not _alike(first[one], parts[one])]:
         raise ConfigError(
-            f"{where}: what the teacher sees in {named} is mixed from several samples of a batch, so no stored answer "
-            "fits it; leave the cache out, let the teacher read a view without mixing, or, where the method is defined "
-            "so, mix its answers for both samples with the target `mixed_answers`"
+            f"{where}: {', '.join(mixed)} is mixed from several samples of a batch, or another each time it is read, "
+            "so no stored answer fits it; leave the cache out, read a view without mixing, or, where the method is "
+            "defined so, store the teacher's answers and mix those for both samples with the target `mixed_answers`"
         )
     varies = any(dataset.varies(stream) or not _alike(first[stream], again[stream]) for stream in streams)
     if varies and spec.view_count is None and not (options.folder is not None and options.one_view):
@@ -241,12 +267,18 @@ def _alike(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and torch.allclose(one.double(), other.double(), rtol=1e-4, atol=1e-4)
 
 
-def augmentation_of(dataset: Dataset, view: str) -> str:
+def augmentation_content(dataset: Dataset, streams: Sequence[str], spec: RunSpec) -> list[Any]:
+    """What decides how streams vary: the options of each of their views, which a model may name as its input, too."""
+    ways = [_options_of(dataset, view) for view in dict.fromkeys(stream.partition("@")[2] for stream in streams)]
+    return [ways[0] if len(ways) == 1 else ways, [*streams], spec.view_count, spec.root.seed]
+
+
+def _options_of(dataset: Dataset, view: str) -> str:
     """The options by which a view varies, in their order, in which augmentations act.
 
     They are those of the data themselves, which may have been handed over in Python.
     """
-    seen = dataset.of(view.removeprefix("@")) if isinstance(dataset, Viewed) else dataset
+    seen = dataset.of(view) if isinstance(dataset, Viewed) else dataset
     able = seen.view_options
     return json.dumps({key: value for key, value in plain_options(seen.config).items() if key in able}, default=str)
 
@@ -262,6 +294,14 @@ def lookup(positions: Tensor, size: int) -> Tensor | None:
     rows = torch.zeros(size, dtype=torch.int64)
     rows[positions] = torch.arange(len(positions))
     return rows
+
+
+def _told(meta: Meta, name: str) -> Any:
+    """What a cache says of one of the parts. That of a teacher with a net names the classes beside the model."""
+    model = meta.parts.get("model")
+    if name == "classes" and isinstance(model, list) and model:
+        return meta.parts.get(name, model[-1])
+    return meta.parts.get(name)
 
 
 def digest_of(value: Any) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from kdx.cache import Meta, Store, open_store, read_meta
 from kdx.cache_key import Wanted, digest_of, lookup
+from kdx.checkpoint import STUDENT, read_weights
 from kdx.data import Splits
 from kdx.errors import CheckpointError, DataError
 from kdx.files import write_file, write_text
@@ -21,7 +24,8 @@ from kdx.result import read_result
 INDEX = "index.npy"
 """The file of a cache that says which sample (`batch.index`) each row of a view is of."""
 WEIGHTS = "weights.json"
-"""The file of a cache that says which weights the runs had left that its teachers are from: run -> checksum."""
+"""The file of a cache that says which weights the runs had left that its teachers are from: run -> checksum of what it
+has left, and hash of the run -> digest of the weights alone, for those who call it by another name."""
 Part = tuple[Store, tuple[str, ...]]
 """A cache, and the fields that are read of it."""
 
@@ -72,7 +76,9 @@ def note_samples(folder: Path, positions: Tensor) -> None:
 def note_weights(folder: Path, one: Wanted) -> None:
     """Write down which weights fill a cache: a run that is trained anew may leave others."""
     if one.runs and not (folder / WEIGHTS).is_file():
-        write_text(folder / WEIGHTS, json.dumps({run.name: _weights_of(run) for run in one.runs}) + "\n")
+        noted = {run.name: _weights_of(run) for run in one.runs}
+        noted |= {_hash_in(run.name): _content_of(run) for run in one.runs}
+        write_text(folder / WEIGHTS, json.dumps(noted) + "\n")
 
 
 def files_of(meta: Meta, fields: Iterable[str]) -> tuple[str, ...]:
@@ -166,8 +172,11 @@ def _trained_anew(one: Wanted, folder: Path) -> Path | None:
     except (OSError, ValueError):
         return None
     for run in one.runs if isinstance(noted, dict) else ():
-        before, now = noted.get(run.name, ""), _weights_of(run)
-        if "" not in (before, now) and before != now:
+        name = run.name if run.name in noted else _hash_in(run.name)
+        before, now = noted.get(name, ""), ""
+        if before:
+            now = _weights_of(run) if name == run.name else _content_of(run)
+        if now and before != now:
             return run
     return None
 
@@ -178,6 +187,29 @@ def _weights_of(run: Path) -> str:
         return read_result(run).student
     except CheckpointError:
         return ""
+
+
+def _hash_in(name: str) -> str:
+    """The hash in the name of a run's folder."""
+    return name.rpartition("-")[2]
+
+
+def _content_of(run: Path) -> str:
+    """A digest of the weights that a run has left, whatever its name; empty where it has left none."""
+    try:
+        return _content(run / STUDENT, (run / STUDENT).stat().st_mtime_ns)
+    except (CheckpointError, OSError):
+        return ""
+
+
+@functools.lru_cache(maxsize=256)
+def _content(path: Path, changed: int) -> str:
+    """Read once as long as the file has the same time: a run looks for its caches several times."""
+    digest = hashlib.sha256()
+    for name, value in sorted(read_weights(path).items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _whole(folder: Path) -> Store | None:

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
-from kdx.cache_key import Wanted, augmentation_of, check_repeatable, digest_of, precision_of
+from kdx.cache_key import (
+    Wanted,
+    augmentation_content,
+    check_repeatable,
+    data_plugin,
+    digest_of,
+    folders_of,
+    precision_of,
+    samples_content,
+)
 from kdx.cache_options import read_cache
 from kdx.cache_search import lacking, opened
 from kdx.components import Dataset, Schedule
 from kdx.data import Splits
 from kdx.errors import ConfigError
-from kdx.identity import cache_content, model_content, node_content
-from kdx.options import plain_options
+from kdx.identity import cache_content, model_content, node_content, suppliers
 from kdx.plan import streams_of
 from kdx.ranges import AUTO, EAGER
 from kdx.reach import Reach, base_of, unasked, upstream
@@ -69,28 +76,21 @@ def _wanted(
     read = [*dict.fromkeys(_streams(teachers, nodes, spec, splits, reached))]
     varies = check_repeatable(where, options, read, spec, dataset, splits)
     seen = [stream for stream in read if splits.facts.streams[stream].kind != "label"]
-    views = [*dict.fromkeys("".join(stream.partition("@")[1:]) for stream in seen)]
-    ways = [augmentation_of(dataset, view) for view in views]
-    # As of a teacher on one view, so that a teacher that is a cache can answer from the folder of a target.
-    augmentation = [ways[0] if len(ways) == 1 else ways, seen, spec.view_count, spec.root.seed]
-    entries = [*(one.entry for one in nodes), *(spec.models[base_of(item)].entry for item in teachers)]
-    source = {key: value for key, value in plain_options(dataset.config).items()
-              if key not in (*dataset.places, *spec.data.entry.component.view_options)}  # fmt: skip
     parts: dict[str, Any] = {
-        "data": [spec.data.entry.component.name, dataset.fingerprint(), json.dumps(source, default=str)],
-        "samples": digest_of(splits.train.positions.tolist()),
-        "augmentation": augmentation if varies else None,
-        "labels": digest_of([list(splits.facts.labels), list(splits.facts.classes)]),
+        **samples_content(spec, dataset, splits),
+        **data_plugin(spec),
+        "augmentation": augmentation_content(dataset, seen, spec) if varies else None,
+        "classes": list(splits.facts.classes),
+        "labels": digest_of(list(splits.facts.labels)),
         "target": {one.name: [node_content(one, reached, one.name), None if one is node else cache_content(one)]
                    for one in nodes},
         "teachers": {item: _teacher(item, given[item], spec, needs) for item in teachers},
-        "plugins": {entry.plugin.name: entry.plugin.digest for entry in entries},
+        "plugins": suppliers([*nodes, *(spec.models[base_of(item)] for item in teachers)], spec.registry),
         "precision": precision_of(spec, spec.student),  # that of the run, in which targets compute
         "form": [options.dtype, options.top],
     }  # fmt: skip
     parts = json.loads(json.dumps(parts, default=str))
-    folders = Path(options.where) if options.where is not None else Path(spec.root.out) / "cache"
-    count = (spec.view_count or 1) if varies else 1
+    count, folders = (spec.view_count or 1) if varies else 1, folders_of(options, spec)
     return Wanted(node.name, where, options, parts, fields, len(splits.train), count, folders, at_hand=True)
 
 

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from kdx.errors import CheckpointError, did_you_mean
 from kdx.files import write_file
 
+STUDENT = "student.safetensors"
+"""The file of weights that a run leaves."""
 LAST, PREVIOUS = "last.pt", "previous.pt"
 TORN = ".torn"
 WRAPPED = "module."

@@ -225,7 +225,8 @@ def _ablate(options: argparse.Namespace) -> int:
     study = read_study(options.study)
     if options.seeds is not None:
         study = replace(study, seeds=tuple(seed for seed in _seeds(options.seeds) if seed is not None))
-    notes.print(f"{study.name}: checking the plans of {len(study.variants)} variants", markup=False, highlight=False)
+    many = f"plans of {len(study.variants)} variants" if len(study.variants) > 1 else "plan of 1 variant"
+    notes.print(f"{study.name}: checking the {many}", markup=False, highlight=False)
     trials, plans = plan_study(study, how, options.overrides)
     for warning in warnings(trials, study.reference):
         notes.print(warning, style="yellow", markup=False, highlight=False, soft_wrap=True)

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from kdx.cache_options import STORED
+from kdx.checkpoint import STUDENT
 from kdx.config import load_mapping
 from kdx.data import Splits
 from kdx.errors import ConfigError
@@ -18,7 +19,6 @@ from kdx.loop import length
 from kdx.reach import base_of
 from kdx.sections import ModelOptions
 from kdx.spec import NodeSpec, RunSpec
-from kdx.student import STUDENT
 
 _KEPT = {item.name for item in fields(ModelOptions)} - {"run", "checkpoint"}
 """What a section may say of a module that was handed in; its weights are its own."""

@@ -58,18 +58,25 @@ def check_numbers(session: Session, *, weights: bool = False) -> None:
 
 def describe(session: Session, fault: Fault) -> str:
     """Which term or gradient was bad in which update, for which samples, and what was the first bad number."""
-    where = f"in update {fault.step}"
-    if fault.terms:
-        name, samples = next(iter(fault.terms.items()))
+    where, bad = f"in update {fault.step}", _bad_anywhere(session, fault)
+    if bad:
+        name, samples = next(iter(bad.items()))
         call = next(call for call in session.plan.loss_calls if call.name == f"losses.{name}")
         teachers = teachers_of(session.plan, call)
         reads = f", which reads {_listed(teachers, 'teachers.')}," if teachers else ""
-        others = [f"losses.{other}" for other in fault.terms if other != name]
-        also = f" and so were {_listed(others)}" if others else ""
+        others = [f"losses.{other}" for other in bad if other != name]
+        also = f", as did {_listed(others)}" if others else ""
         text = f"{call.label or call.where}{reads} gave nan or inf {where}{_samples(samples)}{also}"
     else:
         text = f"train: the gradient was nan or inf {where}, though every loss was finite"
     return f"{text}; {diagnose(session, fault.step)}"
+
+
+def _bad_anywhere(session: Session, fault: Fault) -> dict[str, tuple[int, ...]]:
+    """The terms that were bad on any process, with the samples of this one; all processes must ask."""
+    names = [call.name.removeprefix("losses.") for call in session.plan.loss_calls]
+    told = session.runtime.group.any([name in fault.terms for name in names])
+    return {name: fault.terms.get(name, ()) for name, is_bad in zip(names, told, strict=True) if is_bad}
 
 
 def diagnose(session: Session, step: int) -> str:

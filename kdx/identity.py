@@ -21,7 +21,7 @@ from kdx.cache_options import read_cache
 from kdx.components import Dataset, Schedule
 from kdx.errors import CheckpointError
 from kdx.options import plain_options
-from kdx.plugins import Entry, Plugin
+from kdx.plugins import Entry, Plugin, Registry
 from kdx.ranges import AUTO
 from kdx.reach import Reach, base_of
 from kdx.spec import ModelSpec, NodeSpec, Part, RunSpec
@@ -72,15 +72,22 @@ def run_hash(spec: RunSpec, dataset: Dataset, reached: Reach, needs: Mapping[str
 
 def used_plugins(spec: RunSpec, reached: Reach) -> list[Plugin]:
     """The plugins that supply what a run uses, built-ins first; also the parts that options name with `use:`."""
-    parts: list[Any] = [spec.data, spec.updater, *spec.metrics, *reached.nodes.values()]
+    parts: list[ModelSpec | NodeSpec | Part] = [spec.data, spec.updater, *spec.metrics, *reached.nodes.values()]
     parts += [spec.models[name] for name in reached.models]
-    names = {part.entry.plugin.name for part in parts}
+    names = {*suppliers(parts, spec.registry)}
     knobs = [spec.lr, *(knob for node in reached.nodes.values() for knob in node.knobs.values())]
     entries = spec.registry.entries
     names |= {entries["schedules", knob.name].plugin.name for knob in knobs if isinstance(knob, Schedule)}
-    nested = {name for part in parts for name in _named_within(plain_options(part.options))}
-    names |= {entry.plugin.name for (_, name), entry in entries.items() if name in nested}
     return [plugin for plugin in spec.registry.plugins if plugin.name in names]
+
+
+def suppliers(parts: Iterable[ModelSpec | NodeSpec | Part], registry: Registry) -> dict[str, str]:
+    """The plugins that supply some parts, and those that their options name with `use:`: name -> digest."""
+    parts = [*parts]
+    nested = {name for part in parts for name in _named_within(plain_options(part.options))}
+    found = [part.entry.plugin for part in parts]
+    found += [entry.plugin for (_, name), entry in registry.entries.items() if name in nested]
+    return {plugin.name: plugin.digest for plugin in found}
 
 
 def environment(

@@ -31,6 +31,15 @@ def locked(folder: Path, console: Console, stop: Callable[[], bool] = lambda: Fa
         yield
 
 
+def wait_for(lock: filelock.BaseFileLock, stop: Callable[[], bool], stopped: str) -> None:
+    """Acquire a lock that another process holds. Raises `Stopped` with a message when it is asked to stop meanwhile."""
+    while not lock.is_locked:
+        if stop():
+            raise Stopped(stopped)
+        with suppress(filelock.Timeout):
+            lock.acquire(timeout=PATIENCE)
+
+
 def _acquire(folder: Path, console: Console, stop: Callable[[], bool]) -> filelock.BaseFileLock:
     lock = filelock.FileLock(folder.parent / f".{folder.name}.lock")
     try:
@@ -38,11 +47,7 @@ def _acquire(folder: Path, console: Console, stop: Callable[[], bool]) -> filelo
         lock.acquire(timeout=0)
     except filelock.Timeout:
         console.print(f"{folder.name}: another process works on it; waiting", markup=False, highlight=False)
-        while not lock.is_locked:
-            if stop():
-                raise Stopped(f"{folder.name}: stopped while another process works on it") from None
-            with suppress(filelock.Timeout):
-                lock.acquire(timeout=PATIENCE)
+        wait_for(lock, stop, f"{folder.name}: stopped while another process works on it")
     except OSError as error:
         raise KdxError(f"out: nothing can be written into {folder.parent}: {error.strerror or error}") from error
     return lock

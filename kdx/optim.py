@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -121,13 +120,18 @@ def _groups(groups: Iterable[Trained]) -> list[dict[str, Any]]:
 def bare_step(optimizer: torch.optim.Optimizer) -> Callable[[], object]:
     """`optimizer.step`, to be called without gradient.
 
-    For the optimizers of torch it is without what they wrap around it for profilers, hooks and compilers, which takes
-    as long as the update of a small net.
+    For the optimizers of torch it is without what they wrap around it for profilers and compilers, which takes as long
+    as the update of a small net; hooks of an optimizer are called if there are any.
     """
-    step: Callable[..., object] = type(optimizer).step
+    bare: Callable[..., object] = type(optimizer).step
     if type(optimizer).__module__.startswith("torch.optim."):
-        step = inspect.unwrap(step)
-    return functools.partial(step, optimizer)
+        bare = inspect.unwrap(bare)
+    before, after = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
+
+    def step() -> object:
+        return optimizer.step() if before or after or "step" in vars(optimizer) else bare(optimizer)
+
+    return step
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

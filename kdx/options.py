@@ -12,6 +12,9 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from kdx.errors import ConfigError, did_you_mean
 
+_MAPPING = "dict[str, Any]"
+"""The annotation of an option that is a section of its own."""
+
 
 def read_options(schema: type[Any], options: Mapping[str, Any], where: str, who: str = "") -> Any:
     """An instance of a dataclass from plain options: unknown keys, missing keys and wrong types are refused."""
@@ -60,6 +63,8 @@ def _with(
         return OmegaConf.merge(merged, {option: value})
     except (OmegaConfBaseException, ValueError, TypeError) as error:
         key = getattr(error, "full_key", None) or option
+        if annotation == _MAPPING and not isinstance(value, Mapping):
+            raise ConfigError(f"{prefix}{option}: found {value!r}, expected a mapping of options{who}") from error
         expected = f"found {_at(options, key)!r}, expected {type_text(annotation)}"
         raise ConfigError(f"{prefix}{key}: {expected}{who}: {_detail(error)}") from error
 

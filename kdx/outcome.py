@@ -11,12 +11,12 @@ from torch import Tensor
 
 from kdx.agreement import agreements
 from kdx.calls import Key, ModelCall, NodeCall
-from kdx.checkpoint import checked_sum, load_weights
+from kdx.checkpoint import STUDENT, checked_sum, load_weights
 from kdx.data import View
 from kdx.loop import Evaluation, Session, evaluate
 from kdx.measure import measure
 from kdx.result import Point, Result, Row, Seconds
-from kdx.student import STUDENT, save_student
+from kdx.student import save_student
 from kdx.taps import LOGITS
 from kdx.types import Batch
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 
+from kdx.cache_options import read_cache
 from kdx.calls import Call, Key, ModelCall, NodeCall, Values
 from kdx.components import Loss, Model, Network, Schedule
 from kdx.errors import KdxError, PlanError, did_you_mean
@@ -20,9 +22,10 @@ from kdx.probe import probe, shape_of, without_trace
 from kdx.randomness import derive_seed
 from kdx.reach import Reach, base_of, flat, reach, unasked, upstream
 from kdx.recall import IdleCall, RecallCall, Recalled, RecallTarget, Stored, recalled
+from kdx.rough import RoughDraws
 from kdx.seats import Seat, seat_of
 from kdx.shown import Shown, find_shown, read_knobs
-from kdx.spec import ModelSpec, RunSpec
+from kdx.spec import ModelSpec, NodeSpec, RunSpec
 from kdx.storable import check_storable
 from kdx.taps import LOGITS, Tapped, read_taps
 from kdx.types import Batch, Clock, DataFacts, Shape
@@ -30,6 +33,7 @@ from kdx.wiring import node_call
 
 Ready = Callable[[ModelSpec, Network], None]
 """Called with each network when it is built: puts weights into it. Without it nothing is fetched or loaded."""
+_TO_BE_STORED = "its answers for training are stored before it, and read from then on"
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,7 @@ def make_plan(
     networks: Mapping[str, nn.Module] | None = None,
     classes: Mapping[str, tuple[str, ...]] | None = None,
     stored: Mapping[str, Stored] | None = None,
+    rough: bool = False,
 ) -> Plan:
     """Reach, wire, probe, build, split.
 
@@ -102,7 +107,7 @@ def make_plan(
     for model sections; `classes` those that a teacher tells apart where it learnt others than those of the data;
     `stored` holds answers by teacher and view (`wide@strong`), in place of a net that is built when first asked. Raises
     `PlanError` where parts do not fit, naming path, shapes and component. Without `device` the plan is for reading and
-    checking alone, and everything is in main memory.
+    checking alone, and everything is in main memory. A `rough` plan has no weights to train from, and is sooner made.
     """
     seats = {name: seat_of(model.engine, device, model.where) for name, model in spec.models.items()}
     device = device or torch.device("cpu")
@@ -114,7 +119,7 @@ def make_plan(
     @functools.cache
     def network_of(name: str) -> Network:
         known = replace(facts, classes=(classes or {}).get(name, facts.classes))
-        network = build_model(spec.models[name], known, spec.root.seed, networks, ready)
+        network = build_model(spec.models[name], known, spec.root.seed, networks, ready, rough=rough)
         if (seat := seats[name]) is None:
             network.to(device)
         else:
@@ -169,12 +174,17 @@ def make_plan(
     others = {name: own for name, own in (classes or {}).items() if own != facts.classes}
     teacher_side = _teacher_side(spec, calls)
     nodes = {call.name: call for call in calls if isinstance(call, NodeCall)}
-    notes: list[str] = []
+    unfilled = [item for item in reached.fields if item not in stored and item not in idle]
+    notes = [
+        f"{item}: {_TO_BE_STORED}"
+        for item in unfilled
+        if reached.fields[item] and _asks_for_cache(spec.models[base_of(item)])
+    ]
     for name, target in spec.targets.items():
-        if name in nodes and name not in stored and target.engine.cache:
+        if name in nodes and name not in stored and _asks_for_cache(target):
             chain = [nodes[one] for one in upstream(reached, name) if one in nodes and one not in idle]
             check_storable(chain, values, teacher_side, lambda call: node(call.name, spec.root.seed + 1).module)
-            notes.append(f"{target.where}: its answers for training are stored before it, and read from then on")
+            notes.append(f"{target.where}: {_TO_BE_STORED}")
     teacher_calls = tuple(call for call in calls if call.name in teacher_side and call not in losses)
     learner_calls = tuple(call for call in calls if call not in teacher_calls and call not in losses)
     made = {key for call in teacher_calls for key in call.gives}
@@ -195,10 +205,12 @@ def build_model(
     seed: int,
     networks: Mapping[str, nn.Module] | None = None,
     ready: Ready | None = None,
+    *,
+    rough: bool = False,
 ) -> Network:
-    """A network whose first weights depend on the seed and its role alone."""
+    """A network whose first weights depend on the seed and its role alone; `rough` ones repeat a few numbers."""
     streams = streams_of(spec, facts)
-    with torch.random.fork_rng(), warnings.catch_warnings():
+    with torch.random.fork_rng(), warnings.catch_warnings(), RoughDraws() if rough else nullcontext():  # type: ignore[no-untyped-call]
         torch.manual_seed(derive_seed(seed, "model", spec.name))
         if networks is not None and spec.name in networks:
             own = networks[spec.name]
@@ -314,6 +326,10 @@ def _check_student(spec: RunSpec, student: Tapped, shapes: Mapping[Key, Shape], 
     found = logits_shape(shapes, "student")
     if facts.classes and found is not None and found != (len(facts.classes),):
         raise PlanError(f"student: its logits have shape {list(found)}, but the data has {len(facts.classes)} classes")
+
+
+def _asks_for_cache(part: ModelSpec | NodeSpec) -> bool:
+    return read_cache(part.engine.cache, f"{part.where}.cache") is not None
 
 
 def _notes(calls: list[Call], teacher_side: set[str], idle: frozenset[str]) -> Iterator[str]:

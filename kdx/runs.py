@@ -19,7 +19,7 @@ from kdx.builtin.watchers import JsonLines, Progress, TensorBoard
 from kdx.cache_fill import fill, held
 from kdx.cache_key import Wanted, caches
 from kdx.cache_targets import lacking_for, opened_for, target_caches
-from kdx.checkpoint import checked_sum, load_state, load_weights
+from kdx.checkpoint import STUDENT, checked_sum, load_state, load_weights
 from kdx.components import Dataset, Network
 from kdx.config import to_yaml
 from kdx.data import SplitOptions, Splits, make_splits
@@ -51,7 +51,6 @@ from kdx.saving import Saver
 from kdx.sections import RuntimeOptions
 from kdx.spec import ModelSpec, RunSpec, check, full_config
 from kdx.stopping import Stopped as Stopped
-from kdx.student import STUDENT
 from kdx.table import plan_text
 from kdx.types import Batch, RunInfo
 from kdx.views import Viewed, with_views
@@ -160,7 +159,9 @@ def _prepare_need(run: Mapping[str, Any], spec: RunSpec, options: Options) -> Pr
     return prepare(config, replace(options, networks={}, data=data))
 
 
-def build_plan(prepared: Prepared, options: Options, *, trained: bool, device: torch.device | None = None) -> Plan:
+def build_plan(
+    prepared: Prepared, options: Options, *, trained: bool, device: torch.device | None = None, rough: bool = False
+) -> Plan:
     """The plan of a prepared run; with `trained`, teachers have the weights of their runs and checkpoints."""
 
     def ready(spec: ModelSpec, network: Network) -> None:
@@ -170,16 +171,18 @@ def build_plan(prepared: Prepared, options: Options, *, trained: bool, device: t
             load_weights(network.net, prepared.needs[spec.name].folder / STUDENT, f"{spec.where}.run")
 
     spec = prepared.spec
-    networks = {name: net for name, net in options.networks.items() if name in spec.models}
+    # Copies, so that a person's own modules stay as they were.
+    networks = {name: copy.deepcopy(net) for name, net in options.networks.items() if name in spec.models}
     plan = make_plan(
         spec,
         prepared.splits.facts,
         prepared.sample,
         device=device,
         ready=ready if trained else None,
-        networks=_copies(networks),
+        networks=networks,
         classes={name: need.splits.facts.classes for name, need in prepared.needs.items() if name in spec.teachers},
         stored=opened_for(prepared.caches, prepared.reached, prepared.splits, verify=trained),
+        rough=rough,
     )
     check_answer(plan, {name: value[:2].to(device or "cpu") for name, value in prepared.sample.items()})
     compile_hook(spec.registry, "kdx_plan_ready")(plan)
@@ -190,7 +193,7 @@ def fill_caches(prepared: Prepared, options: Options, runtime: Runtime) -> None:
     """Fill what a run reads and no cache holds, from its teachers, whose own runs are finished."""
     needed = prepared.caches, prepared.reached, prepared.splits
     while missing := lacking_for(*needed):
-        with held(missing, lambda text: _say(options, text)):
+        with held(missing, lambda text: _say(options, text), options.stop):
             if lacking_for(*needed) != missing:  # another process has just filled some of it
                 continue
             plan = build_plan(prepared, options, trained=True, device=runtime.device)
@@ -220,9 +223,9 @@ def to_its_end(steps: Generator[None, None, Result]) -> Result:
 
 
 def check_run(prepared: Prepared, options: Options) -> Plan:
-    """Refuse whatever can be refused before the runs that a run needs are trained; gives its plan."""
+    """Refuse whatever can be refused before the runs that a run needs are trained; gives its plan, a rough one."""
     runtime = Runtime(prepared.spec.runtime)
-    plan = build_plan(prepared, options, trained=False)
+    plan = build_plan(prepared, options, trained=False, rough=True)
     check_ready(plan, prepared.dataset, prepared.splits, runtime)
     return plan
 
@@ -388,11 +391,6 @@ def _make_dataset(spec: RunSpec, given: Dataset | None) -> Dataset:
     named: Mapping[str, Any] = spec.config.get("data", {}).get("views") or {}
     options = {name: plain_options(view.options) for name, view in spec.views.items()}
     return with_views(dataset, {name: {key: own[key] for key in named[name] or {}} for name, own in options.items()})
-
-
-def _copies(networks: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Copies, so that a person's own modules stay as they were."""
-    return {name: copy.deepcopy(net) for name, net in networks.items()}
 
 
 def _say(options: Options, text: str) -> None:

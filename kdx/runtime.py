@@ -39,7 +39,7 @@ class Runtime(Engine):
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self._clip: float | None = None
         self._parallel = Parallel(self.group, options.parallel)
-        self._stepped = False
+        self._stepped = self._lazy = False
         self.faults = Faults(self.device, self.group.average if self.group.size > 1 else None)
         if options.threads is not None:
             torch.set_num_threads(options.threads)
@@ -57,6 +57,7 @@ class Runtime(Engine):
 
         `by_hand` is for updaters that take the backward pass apart; `lent` says whether nodes call parts of models.
         """
+        self._lazy = not by_hand
         return self._parallel.join(learner, by_hand, lent)
 
     def syncing(self, last: bool) -> AbstractContextManager[object]:
@@ -137,23 +138,29 @@ class Runtime(Engine):
         if self._clip is not None:
             self._parallel.clip(self._trained, self._clip)
         if self._scaler.is_enabled():
-            self._scaler.step(self.optimizer)
+            if self._may_step(overflown):
+                self._scaler.step(self.optimizer)
+                self._stepped = True
             self._scaler.update()
-        elif self._may_step():
+        elif self._may_step(self.faults.found):
             with torch.no_grad():
                 self._step()
             self._stepped = True
         for weight in self._trained:  # as `zero_grad` does, without its record for profilers
             weight.grad = None
 
-    def _may_step(self) -> bool:
-        """Whether to call the optimizer. Waits for a device that cannot skip an update by itself where that must be
-        known: for the first update, in which the state of an optimizer is made, and where faults are skipped.
+    def _may_step(self, found: Tensor) -> bool:
+        """Whether to call the optimizer, for an update that is to be left out where `found` is not 0.
+
+        Waits for a device that cannot skip an update by itself where that must be known: for the first update, in which
+        the state of an optimizer is made (a fused one leaves it undefined if it then does nothing), and where faults
+        are skipped.
         """
-        if self._decides and (self._stepped or self.optimizer.state):
+        begun = self._stepped or bool(self.optimizer.state)
+        if begun and (self._decides or self._scaler.is_enabled()):
             return True
-        must_know = self.device.type == "cpu" or self.faults.skip or not (self._stepped or self.optimizer.state)
-        return not (must_know and self.faults.found.item())
+        must_know = self.device.type == "cpu" or self.faults.skip or not begun
+        return not (must_know and found.item())
 
     def parameters(self) -> Iterator[nn.Parameter]:
         return iter(self._trained)
@@ -161,6 +168,7 @@ class Runtime(Engine):
     def gradients(
         self, value: Tensor, weights: Sequence[Tensor] | None = None, *, retain: bool = True
     ) -> list[Tensor | None]:
+        self._check_eager("gradients")
         if self.options.compile:
             raise ConfigError(
                 "runtime.compile: the updater takes the losses apart, which a compiled step does not allow"
@@ -214,8 +222,16 @@ class Runtime(Engine):
                 f"{self.group.size} processes do not allow; start kdx without torchrun"
             )
         if self._evaluate is None:
-            raise PluginError("train.updater: it asks for `engine.losses`, but its class does not say `eager = True`")
+            self._check_eager("losses")
+            raise PluginError(
+                "train.updater: it asks for `engine.losses` after the update, expected in `backward`, `step`"
+            )
         return self.group.over_all(self._evaluate(weights, batch))
+
+    def _check_eager(self, asked: str) -> None:
+        """Raise `PluginError` for an updater for which the engine did not make itself ready."""
+        if self._lazy:
+            raise PluginError(f"train.updater: it asks for `engine.{asked}`, but its class does not say `eager = True`")
 
     def state(self) -> dict[str, object]:
         """What a resumed run needs."""

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kdx.devices import DTYPES, low_precision, pick_device, present_devices
 from kdx.distributed import the_group
-from kdx.errors import ConfigError, KdxError
+from kdx.errors import CheckpointError, ConfigError, KdxError
 from kdx.formats import duration, milliseconds
 from kdx.loader import Loader
 from kdx.loop import Session, step
@@ -132,7 +132,15 @@ def choice_remarks(spec: RunSpec, folder: Path) -> Iterator[str]:
 
 
 def _as_begun(options: RuntimeOptions, began: dict[str, Any]) -> Chosen:
-    """The settings that a run began with; on another kind of device only where its own is not here."""
+    """The settings that a run began with; on another kind of device only where its own is not here.
+
+    Raises `CheckpointError` for a checkpoint that does not say in which precision the run computed.
+    """
+    if (precision := began.get("precision", "fp32")) not in PRECISIONS:
+        raise CheckpointError(
+            f"runtime.precision: found {precision!r} in the checkpoint, expected one of {', '.join(PRECISIONS)}; start "
+            "afresh with --fresh"
+        )
     why = {name: f"{_text(value)}, as the run began" for name, value in began.items()}
     if "device" in began and began["device"] not in present_devices():
         began["device"] = None
@@ -186,6 +194,8 @@ class _Trial:
         for _ in range(ROUNDS):
             times["best"].append(1000 * self._seconds(self.best))
             times["other"].append(1000 * self._seconds(other))
+        if other.runtime.faults.found.item():
+            raise KdxError("losses or gradients were nan or inf in updates that were timed")
         self.ms, found = (statistics.median(values) for values in times.values())
         if found < gain * self.ms:
             self.best, self.ms = other, found

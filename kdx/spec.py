@@ -105,6 +105,8 @@ class RunSpec:
 
 def check(config: Mapping[str, Any], registry: Registry) -> RunSpec:
     """Understand a resolved config; every `ConfigError` and `PluginError` starts with the path in the config."""
+    if isinstance(config.get("runtime"), str):
+        raise ConfigError(f"runtime: found {config['runtime']!r}, expected auto, or a mapping of options")
     root = read_options(RootOptions, config, "")
     train = read_options(TrainOptions, root.train, "train")
     runtime, measured = split_measured(read_options(RuntimeOptions, root.runtime, "runtime"))
@@ -307,6 +309,7 @@ def _node(section: str, name: str, options: Any, registry: Registry) -> NodeSpec
     for key in rest:
         if key not in known:
             choices = known | set(knobs) | own | {"inputs", *(["source", "like"] if section == "align" else [])}
+            choices -= {"cache"} if section != "targets" else set()
             raise ConfigError(
                 f"{where}.{key}: {use} (plugin {entry.plugin.name}) has no such option; "
                 f"{did_you_mean(key, choices, what='options')}"

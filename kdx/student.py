@@ -12,7 +12,7 @@ import safetensors
 from torch import nn
 
 from kdx.calls import NodeCall, find_part
-from kdx.checkpoint import load_weights, save_weights
+from kdx.checkpoint import STUDENT, load_weights, save_weights
 from kdx.components import Given, Loss, Model, Network
 from kdx.deploy import Extended, answer_fields, answering, owner_of
 from kdx.errors import CheckpointError, PluginError
@@ -23,7 +23,6 @@ from kdx.spec import ModelSpec
 from kdx.taps import read_taps
 from kdx.types import DataFacts, StreamFacts
 
-STUDENT = "student.safetensors"
 _HEADER = "kdx"
 
 

@@ -187,6 +187,8 @@ class Tapped(nn.Module):
         streams = [batch[stream] for stream in network.streams]
         if type(network.prepare) is not nn.Identity:
             streams = [network.prepare(stream) for stream in streams]
+        if not self._hooked:
+            return self._run(streams)
         captured.active = True
         try:
             found = self._run(streams)

@@ -42,7 +42,7 @@ def tune(options: argparse.Namespace) -> int:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     search = read_search(options.search, options.overrides, space=options.space, trials=options.trials)
-    say(notes, f"{search.name}: checking the plans of {len(search.space)} ranges")
+    say(notes, f"{search.name}: checking the plan of each end and choice of the space")
     ground = check_search(search, how)
     books = Books(search, ground)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -126,6 +127,7 @@ def main(folder: Path) -> None:
         "batch": refusal(folder, PLAIN, {"train": {"batch": 3, "accumulate": 3}}),
         "fsdp": refusal(folder, DISTIL, {"train": {"updater": {"use": "pcgrad"}}}, fsdp),
     }
+    told["fault"] = fault(group, here)
     path = folder / f"told{group.rank}.json"
     path.write_text(json.dumps(told))
 
@@ -170,6 +172,22 @@ def stopped(folder: Path, *more: Mapping[str, Any]) -> int:
     except Stopped as reason:
         return int(str(reason).partition("after update ")[2].split()[0])
     raise AssertionError("the run did not stop")
+
+
+def fault(group: Processes, here: Mapping[str, Any]) -> str:
+    """What a process says where a sample of the other one spoils the loss of the first update."""
+    session = ready(DISTIL, here, {"losses": {"hint": None, "ce": None}})
+
+    def spoil(module: torch.nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        return output * torch.tensor([math.nan] + [1.0] * (len(output) - 1), device=output.device).unsqueeze(1)
+
+    if not group.leads:
+        session.learner.student.network.net.head.register_forward_hook(spoil)
+    try:
+        Seen(session)
+    except kdx.KdxError as error:
+        return str(error)
+    raise AssertionError("nothing was found")
 
 
 def refusal(folder: Path, *layers: Mapping[str, Any]) -> str:

@@ -56,6 +56,13 @@ class Net(nn.Module):
         return flat
 
 
+class Sure(Net):
+    """Says of each class whether it is likely."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        return super().forward(image) > 0
+
+
 def call_of(wanted: tuple[str, ...] = ("logits",), net: nn.Module | None = None, **taps: Tap) -> ModelCall:
     """A teacher `big` with random statistics of its norms."""
     torch.manual_seed(0)
@@ -325,3 +332,14 @@ def test_a_backend_does_not_count_for_the_hash() -> None:
     plain = prepared(DISTIL).hash
     assert prepared(DISTIL, asked("folded")).hash == plain
     assert prepared(DISTIL, {"runtime": {"backend": "auto"}}).hash == plain
+
+
+def test_answers_that_are_true_or_false_are_compared_exactly() -> None:
+    call = call_of(net=Sure())
+    values = start(batch())
+    call.run(values)
+    assert values["big.logits"].dtype == torch.bool
+    assert compare([call], values, batch()) == 0
+    values["big.logits"] = ~values["big.logits"]
+    with pytest.raises(PlanError, match=r"big.logits would differ by 1 of its largest value, expected at most 0"):
+        compare([call], values, batch())

@@ -16,6 +16,7 @@ from small_run import CASCADE, DISTIL, PLAIN, config_of, prepared, quiet, run_in
 from kdx.api import RunResult
 from kdx.builtin.models import Stored
 from kdx.cache_key import Wanted
+from kdx.cache_search import opened
 from kdx.cli import main
 from kdx.errors import DataError, KdxError, PlanError
 from kdx.result import read_result
@@ -107,6 +108,15 @@ def test_a_cache_of_something_else_is_refused_by_name(tmp_path: Path, layer: dic
     folder = filled(tmp_path / "a").caches["wide"].folder
     with pytest.raises(DataError, match=f"teachers.wide.cache: {folder} is not of this teacher on this data: {what}"):
         run_in(tmp_path / "b", alone(folder, layer))
+
+
+def test_answers_for_classes_in_another_order_are_refused(tmp_path: Path) -> None:
+    two, turned = ({"data": {"classes": classes}} for classes in ([0, 2], [2, 0]))
+    folder = filled(tmp_path / "a", two).caches["wide"].folder
+    found = prepared(alone(folder, two))
+    assert opened(found.caches, found.splits, verify=True).keys() == {"wide"}
+    with pytest.raises(DataError, match=r'the classes, or their order, are others .found .*"left", "both"'):
+        run_in(tmp_path / "b", alone(folder, turned))
 
 
 @pytest.mark.parametrize(
@@ -204,7 +214,8 @@ def write_wrong(path: Path, kind: str) -> list[str]:
     elif kind == "integers":
         np.save(path.with_suffix(".npy"), logits.long().numpy())
     else:
-        index = {"twice": np.minimum(index, 46), "outside": index + 1, "floats": index / 2, "few": index[:30]}[kind]
+        index = {"twice": np.minimum(index, 46), "outside": index + 1, "floats": index / 2, "few": index[:30],
+                 "answers": logits.numpy()}[kind]  # fmt: skip
         np.save(path.with_suffix(".npy"), logits[: len(index)].numpy())
         np.save(path.with_name("i.npy"), index)
         return [str(path.with_suffix(".npy")), "--index", str(path.with_name("i.npy"))]
@@ -224,6 +235,7 @@ def write_wrong(path: Path, kind: str) -> list[str]:
         ("outside", "the index goes from 1 to 48, expected 0 to 47"),
         ("floats", "expected whole numbers"),
         ("few", "training samples have no row"),
+        ("answers", "found an index of torch.float32 [48, 3], expected whole numbers [N]"),
     ],
 )
 def test_files_that_do_not_fit_are_refused(
@@ -242,6 +254,15 @@ def test_answers_are_imported_for_a_teacher_without_a_net_alone(
     path = write_config(tmp_path / "config.yaml", DISTIL, FIXED, {"teachers": {"wide": {"cache": True}}})
     assert main(["cache", str(path), "--import", str(tmp_path / "x.npy")]) == 2
     assert "expected a teacher that is a cache alone" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [("--index", "i.npy"), ("--teacher", "theirs")])
+def test_what_says_how_to_import_is_refused_where_nothing_is_imported(
+    words: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_config(tmp_path / "config.yaml", alone(tmp_path / "theirs"))
+    assert main(["cache", str(path), *words]) == 2
+    assert capsys.readouterr().err.startswith(f"{words[0]}: found it without --import, expected --import FILE as well")
 
 
 def test_kdx_cache_trains_the_teacher_says_the_size_and_fills(

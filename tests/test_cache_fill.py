@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar
 
+import filelock
 import pytest
 import torch
 from small_run import CASCADE, DISTIL, PLUGIN, Command, config_of, lines_of, prepared, quiet, weights_of, write_config
@@ -18,7 +19,9 @@ from kdx.errors import ConfigError, DataError
 from kdx.fanout import groups, side_by_side
 from kdx.plugins import discover
 from kdx.result import Result
-from kdx.runs import Prepared, carry_out, prepare
+from kdx.runs import Prepared, carry_out, fill_caches, prepare
+from kdx.runtime import Runtime
+from kdx.stopping import Stopped
 
 FIXED = {"data": {"flip": False}}
 CACHED = {"teachers": {"wide": {"cache": True}}}
@@ -111,6 +114,17 @@ def test_two_processes_fill_one_cache_once(tmp_path: Path) -> None:
         assert all(torch.equal(mine[name], own[name]) for name in mine)
 
 
+def test_a_run_that_waits_for_a_filling_can_be_stopped(tmp_path: Path) -> None:
+    found = prepared(DISTIL, LOGITS, CACHED, FIXED, {"out": str(tmp_path)})
+    folder = found.caches["wide"].folder
+    folder.parent.mkdir(parents=True)
+    with (
+        filelock.FileLock(folder.parent / f".{folder.name}.lock", is_singleton=False),
+        pytest.raises(Stopped, match=rf"{folder}: stopped while another process fills it"),
+    ):
+        fill_caches(found, quiet(stop=lambda: True), Runtime(found.spec.runtime))
+
+
 def test_workers_fill_the_same_cache(tmp_path: Path) -> None:
     contents = []
     for workers in (0, 1):
@@ -137,13 +151,26 @@ def test_a_teacher_on_a_view_has_a_cache_of_that_view(tmp_path: Path) -> None:
     assert all(torch.equal(mine[name], own[name]) for name in mine)
 
 
+def test_a_teacher_whose_input_is_a_view_has_a_cache_for_each_augmentation_of_that_view() -> None:
+    on_view = {"teachers": {"wide": {"input": "image@moved"}}}
+    views = [{"count": 2, "moved": {"augment": {"shift": {"pixels": pixels}}}} for pixels in (1, 2)]
+    images = {"image": torch.rand(24, 1, 8, 8), "label": torch.arange(24) % 3}
+    student = {"student": {"input": "image"}, "data": {"use": "tensors", "validation": 0, "flip": None}}
+    how = quiet(data=TensorDataset.from_tensors(images))
+    parts = [
+        prepared(DISTIL, LOGITS, CACHED, student, on_view, {"data": {"views": view}}, options=how).caches["wide"].parts
+        for view in views
+    ]
+    assert [name for name in parts[0] if parts[0][name] != parts[1][name]] == ["augmentation"]
+
+
 def test_answers_for_mixed_images_are_refused(tmp_path: Path) -> None:
     images = torch.rand(12, 1, 8, 8)
     data = TensorDataset.from_tensors(train={"image": images, "label": torch.arange(12) % 3}, classes=["a", "b", "c"])
     on_view = {"losses": {"kd": {"inputs": {"student": "student@mixed.logits", "teacher": "wide@mixed.logits"}}}}
     views = {"data": {"use": "tensors", "validation": 0, "views": {"count": 4, "mixed": {"augment": {"mixup": {}}}}}}
     config = config_of(DISTIL, LOGITS, on_view, views, CACHED, {"out": str(tmp_path)})
-    with pytest.raises(ConfigError, match=r"what the teacher sees in image@mixed is mixed from several samples"):
+    with pytest.raises(ConfigError, match=r"teachers.wide.cache: image@mixed is mixed from several samples"):
         run(config, data=data, quiet=True)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_run import CASCADE, DISTIL, config_of, lines_of, prepared, quiet, weights_of
+from small_run import CASCADE, DISTIL, PLAIN, PLUGIN, config_of, lines_of, prepared, quiet, weights_of
 from torch import Tensor, nn
 
 from kdx.config import load_mapping
@@ -55,6 +55,18 @@ def test_a_complete_cache_leaves_no_weights_of_the_teacher_in_the_plan(tmp_path:
     assert again.hash != found.hash
     assert [len([*call.module.parameters()]) for call in plan.teacher_calls] == [0]
     assert plan.shapes["wide.logits"] == (3,)
+
+
+def test_the_plan_says_which_answers_are_stored_and_from_where_they_are_read(tmp_path: Path) -> None:
+    found = prepared(DISTIL, FIXED, CACHED, {"out": str(tmp_path)})
+    later = "wide: its answers for training are stored before it, and read from then on"
+    assert later in build_plan(found, quiet(), trained=False).notes
+    assert later not in build_plan(prepared(DISTIL, FIXED), quiet(), trained=False).notes
+    carry_out(found, quiet())
+    (folder,) = caches_in(tmp_path)
+    notes = build_plan(found, quiet(), trained=False).notes
+    assert f"wide: its answers for training are read from {folder}" in notes
+    assert later not in notes
 
 
 COUNTING = """
@@ -146,6 +158,24 @@ def test_each_change_of_what_decides_the_answers_names_another_cache(tmp_path: P
         "the workers": {"runtime": {"workers": 1}},
     }
     assert {prepared(base, layer).caches["wide"].folder for layer in same.values()} == {folder}
+
+
+def test_the_code_of_the_data_and_of_parts_of_a_teacher_counts(tmp_path: Path) -> None:
+    fused = {"use": "late_fusion", "parts": {name: {"use": "small", "input": "image"} for name in ("one", "two")}}
+    teachers = {"whole": {"use": "small"}, "fused": {**fused, "input": "image"}}
+    said = []
+    for name, text in (("as it is", PLUGIN.read_text()), ("changed", PLUGIN.read_text().replace("0.5", "0.6"))):
+        plugin = tmp_path / name / PLUGIN.name
+        plugin.parent.mkdir()
+        plugin.write_text(text)
+        kds = {one: {"use": "kd", "inputs": {"teacher": f"{one}.logits"}} for one in teachers}
+        config = config_of(PLAIN, FIXED, {"plugins": [str(plugin)], "teachers": teachers, "losses": kds})
+        config["teachers"] = {one: {**model, "cache": True} for one, model in teachers.items()}
+        said.append(prepare(load_mapping(config), quiet(), registry=discover([str(plugin)])).caches)
+    first, second = said
+    assert first["fused"].parts["plugin"].keys() == {"kdx_two_stream", PLUGIN.name}
+    for item, part in (("whole", "data_plugin"), ("fused", "plugin")):
+        assert first[item].parts[part] != second[item].parts[part]
 
 
 def test_a_fixed_sample_has_one_cache_for_all_seeds_of_a_trained_teacher(tmp_path: Path) -> None:

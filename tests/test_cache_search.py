@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from small_plugin import SmallNet
 from small_run import CASCADE, DISTIL, PLAIN, TEACHER, config_of, prepared, quiet, run_in, weights_of, write_config
 
 from kdx.cache import META, read_meta
 from kdx.cache_search import INDEX, opened
+from kdx.checkpoint import save_weights
 from kdx.cli import main
 from kdx.errors import DataError
 from kdx.runs import Prepared, carry_out, fill_caches
@@ -161,6 +163,26 @@ def test_a_trained_teacher_is_known_by_any_name_and_one_with_first_weights_by_it
     for name in ("wide", "other"):
         filled(tmp_path / "first", PLAIN, FIXED, kd, {"teachers": {name: {"use": "small", "width": 8, "cache": True}}})
     assert len(held(tmp_path / "first")) == 2
+
+
+def test_a_run_of_another_name_that_has_come_to_other_weights_is_not_taken_for_the_same(tmp_path: Path) -> None:
+    layers = (CASCADE, FIXED, {"baseline": False, "losses": {"hint": None}, "align": None, "teachers": None})
+    one, other = (
+        prepared(*layers, {"teachers": {"wide": {"run": config_of(TEACHER, FIXED, {"name": name}), "cache": True}}},
+                 {"out": str(tmp_path)})
+        for name in ("first", "second")
+    )  # fmt: skip
+    carry_out(one, quiet())
+    trained = other.needs["wide"]
+    carry_out(trained, quiet())
+    assert opened(other.caches, other.splits, verify=False).keys() == {"wide"}
+    net = SmallNet(8, 0.0, 3)
+    net.load_state_dict(weights_of(trained.folder))
+    with torch.no_grad():
+        net.head.bias[0] += 0.25
+    save_weights(net, trained.folder / "student.safetensors")
+    with pytest.raises(DataError, match=rf"holds answers of other weights than {trained.folder} has now"):
+        opened(other.caches, other.splits, verify=False)
 
 
 def test_kdx_cache_says_which_caches_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

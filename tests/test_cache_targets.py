@@ -449,6 +449,42 @@ def test_samples_that_lack_what_a_teacher_reads_are_stored_as_they_are_answered(
     assert found[1].plan.idle == {*teachers}
 
 
+@pytest.mark.parametrize("data", [{"labelled": 9}, {"classes": [1, 2]}], ids=["hidden", "some classes"])
+def test_a_stored_target_reads_the_labels_that_training_reads(tmp_path: Path, data: dict[str, Any]) -> None:
+    guessed = {
+        "teachers": {"slim": None},
+        "targets": {"all": {"use": "pseudo_label", "inputs": {"logits": "wide.logits", "label": "batch.label"},
+                            "temperature": None}},
+        "losses": {"kd": None, "ce": {"inputs": {"label": "all"}}},
+        "data": data,
+    }  # fmt: skip
+    assert same(trained(FUSED, FIXED, guessed), trained(FUSED, FIXED, guessed, CACHED, {"out": str(tmp_path)}))
+
+
+def test_a_filling_is_taken_up_by_a_run_that_reads_less_of_the_teachers(tmp_path: Path) -> None:
+    hint = {
+        "teachers": {"wide": {"taps": {"mid": "second"}}},
+        "align": {"mid": {"source": "student.mid", "like": "wide.mid"}},
+        "losses": {"hint": {"use": "mse", "inputs": {"student": "mid", "teacher": "wide.mid"}}},
+    }
+    more, less = (prepared(FUSED, FIXED, CACHED, layer, {"out": str(tmp_path)}) for layer in (hint, {}))
+    training_of(more)
+    (more.caches["all"].folder / "blocks.jsonl").unlink()
+    assert training_of(less).plan.idle == {"wide", "slim"}
+    assert folders(tmp_path) == ["all"]
+
+
+def test_a_target_of_answers_for_other_images_is_no_target_of_the_teacher(tmp_path: Path) -> None:
+    plain = prepared(FUSED, FIXED, {"teachers": {"wide": {"cache": True}}}, {"out": str(tmp_path)})
+    training_of(plain)
+    fixed = {"teachers": {"wide": {"cache": {"path": str(plain.caches["wide"].folder), "one_view": True}}}}
+    augmented = (FUSED, {"data": {"views": 2}, "out": str(tmp_path)})
+    one, other = prepared(*augmented, CACHED, fixed), prepared(*augmented, CACHED)
+    assert one.hash != other.hash
+    training_of(one)
+    assert same(trained(*augmented), trained(*augmented, CACHED))
+
+
 def test_a_target_over_a_view_is_stored_for_that_view(tmp_path: Path) -> None:
     data = {"data": {"views": {"count": 2, "turned": {"flip": True}}, "flip": False}}
     on_view = {"targets": {"all": {"inputs": {"logits": ["wide@turned.logits", "slim.logits"]}}}}
@@ -478,6 +514,12 @@ def test_a_process_of_several_needs_its_own_rows_only(tmp_path: Path) -> None:
     assert [_needs_all(call) for call in live.teacher_calls if isinstance(call, NodeCall)] == [True]
     calls = training_of(prepared(FUSED, FIXED, CACHED, {"out": str(tmp_path)})).plan.teacher_calls
     assert [_needs_all(call) for call in calls if isinstance(call, RecallTarget)] == [False]
+
+
+def test_a_mapping_without_options_asks_for_a_cache_too(tmp_path: Path) -> None:
+    found = prepared(FUSED, FIXED, {"targets": {"all": {"cache": {}}}}, {"out": str(tmp_path)})
+    notes = build_plan(found, quiet(), trained=False).notes
+    assert "targets.all: its answers for training are stored before it, and read from then on" in notes
 
 
 def test_the_commands_say_how_large_it_is_and_what_is_not_run(

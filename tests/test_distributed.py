@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -160,6 +161,12 @@ def test_a_run_with_dropout_ends_on_two_processes(two: Path) -> None:
 def test_what_several_processes_cannot_do_is_refused_on_each(name: str, text: str, two: Path) -> None:
     for rank in (0, 1):
         assert text in told(two, rank)["refused"][name].replace("remembers", "remembered")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_bad_term_of_one_process_is_named_by_all(rank: int, two: Path) -> None:
+    text = r"losses.kd \(kd, .*\), which reads teachers.wide, gave nan or inf in update 1"
+    assert re.match(text, told(two, rank)["fault"])
 
 
 def test_only_the_first_process_writes(two: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_run import DISTIL, PLUGIN, STATEFUL, config_of, quiet, session_of
+from small_run import DISTIL, PLUGIN, STATEFUL, Seen, config_of, quiet, session_of
 from torch import Tensor
 
 import kdx
@@ -147,7 +147,16 @@ def test_an_updater_can_ask_for_it() -> None:
 def test_an_updater_that_does_not_say_so_cannot_ask() -> None:
     session = session_of(DISTIL)
     step(session, session.feed.at(0), session.knobs.at(session.clock))
-    with pytest.raises(kdx.PluginError, match="its class does not say `eager = True`"):
+    with pytest.raises(kdx.PluginError, match=r"asks for `engine.losses`, but its class does not say `eager = True`"):
+        session.runtime.losses({})
+    with pytest.raises(kdx.PluginError, match=r"asks for `engine.gradients`, but its class does not say"):
+        session.runtime.gradients(torch.ones(()))
+
+
+def test_an_updater_cannot_look_ahead_once_the_update_is_over() -> None:
+    session = session_of(DISTIL, {"train": {"updater": {"use": "pcgrad"}}})
+    Seen(session)
+    with pytest.raises(kdx.PluginError, match=r"asks for `engine.losses` after the update, expected in `backward`"):
         session.runtime.losses({})
 
 

@@ -620,7 +620,7 @@ def test_mixup_with_a_ratio_of_1_keeps_the_image_and_of_0_gives_its_partner() ->
 def test_mixup_is_refused_where_labels_are_read_too() -> None:
     message = (
         r"data.augment.mixup: it mixes images, and a label stays that of the unmixed one; put it into a view, "
-        r"as in `data: \{views: \{mixed: \{augment: \{mixup: \{\}\}\}\}\}`"
+        r"as in `data: \{views: \{mixed: \{augment: \{mixup: \{\}\}\}\}\}`, .* the loss mixed_cross_entropy"
     )
     with pytest.raises(ConfigError, match=message):
         FashionMnist(FashionMnist.Config(augment={"flip": {}, "mixup": {}}))

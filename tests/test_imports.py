@@ -17,7 +17,7 @@ ROOT = Path(kdx.__file__).parent
 PLUGINS = ROOT.parent / "plugins"
 LAYERS = """
     errors formats page statistics markdown figures
-    garbage stopping types files options config randomness heads sections worked
+    garbage stopping types files options config randomness heads sections worked rough
     cache_options
     cache
     components ranges devices class_choice group

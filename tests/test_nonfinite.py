@@ -18,7 +18,7 @@ from kdx.diagnosis import teachers_of
 from kdx.errors import ConfigError, KdxError
 from kdx.guard import EVERY
 from kdx.loop import Session, Watchers, train
-from kdx.nonfinite import Fault, Faults
+from kdx.nonfinite import Fault, Faults, Rollback, all_finite, finite_names
 from kdx.result import read_result
 from kdx.resume import training_state
 from kdx.runs import carry_out, prepare
@@ -80,6 +80,13 @@ def test_a_bad_loss_of_one_number_names_the_sample_by_computing_it_again() -> No
     with pytest.raises(KdxError, match=r"losses.ce \(.* gave nan or inf in update 1.*") as found:
         Seen(session)
     assert f"student.logits (batch.index {sample})" in str(found.value)
+
+
+def test_losses_that_are_bad_as_well_are_named() -> None:
+    session = session_of(DISTIL, {"losses": {"hint": None}})
+    spoil_student(session, 7, update=1, value=math.inf)
+    with pytest.raises(KdxError, match=r"losses.ce .* gave nan or inf in update 1, as did losses.kd; computed again"):
+        Seen(session)
 
 
 def test_bad_data_are_told_from_a_bad_student() -> None:
@@ -279,9 +286,61 @@ def test_a_scaled_update_that_overflows_is_left_to_the_scaler() -> None:
     assert torch.equal(net.weight, before["weight"])
     assert runtime.faults.take() == []
     assert runtime._scaler.get_scale() == 32768.0
+    assert not optimizer.state  # a fused optimizer would have made a momentum of whatever was in memory
     runtime.backward(net(torch.ones(4, 3)).sum())
     runtime.update()
-    assert not torch.equal(net.weight, before["weight"])
+    assert torch.allclose(net.weight, before["weight"] - 0.5 * 4)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("asks", [(2, 4, 6), (1, 1, 2, 2, 3, 3, 4, 4, 4, 5, 5, 5, 6), (1, 2, 3, 4, 5, 6)])
+def test_the_update_of_a_fault_is_known_however_often_an_updater_applies_gradients(
+    asks: tuple[int, ...], skip: bool
+) -> None:
+    faults = Faults(torch.device("cpu"))
+    faults.skip = skip
+    for update in range(1, 7):
+        good = torch.tensor(1.0)
+        faults.add(update, torch.arange(2), Losses(good, {"ce": good}))
+        for last in range(asks.count(update), 0, -1):
+            faults.judge([[torch.tensor([math.nan if update == 4 and last == 1 else 1.0])]])
+    later = [] if skip else [update for update in (5, 6) if update in asks]
+    assert [fault.step for fault in faults.take()] == [4, *later]
+    assert faults.take() == []
+
+
+def test_an_update_that_is_not_judged_keeps_its_buffers() -> None:
+    norm, found = nn.BatchNorm1d(2), torch.ones(())
+    rollback = Rollback([norm], found)
+    rollback.save()
+    norm.running_mean.fill_(3.0)  # type: ignore[union-attr]
+    rollback.restore()
+    assert torch.equal(norm.running_mean, torch.full((2,), 3.0))  # type: ignore[arg-type]
+    found.fill_(1.0)
+    norm.running_mean.fill_(5.0)  # type: ignore[union-attr]
+    rollback.restore()
+    assert torch.equal(norm.running_mean, torch.zeros(2))  # type: ignore[arg-type]
+
+
+def test_a_buffer_whose_numbers_lie_in_memory_once_is_looked_at() -> None:
+    one = torch.ones(1)
+    assert all_finite([one.expand(3), torch.ones(2)])
+    assert not all_finite([(one * math.inf).expand(3)])
+
+
+def test_tensors_are_finite_though_their_sum_is_not() -> None:
+    state = {
+        "good": torch.ones(3),
+        "large": torch.full((4,), torch.finfo(torch.float32).max),
+        "half": torch.full((4,), 60_000.0, dtype=torch.float16),
+        "nan": torch.tensor([1.0, math.nan]),
+        "inf": torch.tensor([math.inf, 1.0]),
+        "opposite": torch.tensor([math.inf, -math.inf]),
+        "counts": torch.tensor([1]),
+        "empty": torch.zeros(0),
+    }
+    assert finite_names(state) == {"good", "large", "half"}
+    assert finite_names({"counts": state["counts"]}) == frozenset()
 
 
 def test_the_choice_is_checked_and_counts_for_the_hash() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from kdx.errors import ConfigError
-from kdx.optim import Trained, make_optimizer, optimizer_names, read_optimizer, set_lr
+from kdx.optim import Trained, bare_step, make_optimizer, optimizer_names, read_optimizer, set_lr
 
 CPU = torch.device("cpu")
 
@@ -168,6 +168,24 @@ def test_the_optimizer_is_fused_where_torch_can() -> None:
     assert made({"use": "adamw"}).defaults["fused"] is True
     assert made({"use": "sgd", "fused": False}).defaults["fused"] is False
     assert made({"use": "sgd", "foreach": True}).defaults["fused"] is None
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_hooks_of_an_optimizer_are_called(late: bool) -> None:
+    weight, seen = nn.Parameter(torch.ones(2)), list[str]()
+    optimizer = torch.optim.SGD([weight], lr=0.5)
+    step = bare_step(optimizer)
+    weight.grad = torch.ones(2)
+    with torch.no_grad():
+        step()
+        assert torch.equal(weight, torch.full((2,), 0.5))
+        if late:
+            optimizer.register_step_post_hook(lambda *told: seen.append("after"))
+        else:
+            optimizer.register_step_pre_hook(lambda *told: seen.append("before"))
+        step()
+    assert torch.equal(weight, torch.zeros(2))
+    assert seen == ["after" if late else "before"]
 
 
 def test_fused_and_plain_optimizers_agree() -> None:

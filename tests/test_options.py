@@ -73,8 +73,6 @@ def test_options_of_a_component_without_any_are_refused() -> None:
         ("fast", "maybe", "'maybe'", "bool"),
         ("model", ["a"], "['a']", "str"),
         ("places", 3, "3", "list[float]"),
-        ("extra", [1], "[1]", "dict[str, Any]"),
-        ("extra", 1, "1", "dict[str, Any]"),
         ("limit", 2.5, "2.5", "int | None"),
         ("either", True, "True", "int | float | None"),
         ("either", "x", "'x'", "int | float | None"),
@@ -85,6 +83,17 @@ def test_a_wrong_type_is_refused_with_place_finding_expectation_and_owner(
 ) -> None:
     message = refusal({"model": "a", option: value})
     assert message.startswith(f"losses.kd.{option}: found {found}, expected {expected} (kd, plugin logit): ")
+
+
+@pytest.mark.parametrize("value", ["x", [1], 1])
+def test_what_is_no_mapping_where_one_is_expected_is_refused_in_plain_words(value: Any) -> None:
+    message = refusal({"model": "a", "extra": value})
+    assert message == f"losses.kd.extra: found {value!r}, expected a mapping of options (kd, plugin logit)"
+
+
+def test_a_mapping_with_a_key_that_is_no_word_is_refused_with_what_is_wrong_about_it() -> None:
+    message = refusal({"model": "a", "extra": {1: 2}})
+    assert message.startswith("losses.kd.extra.1: found {1: 2}, expected dict[str, Any] (kd, plugin logit): Key 1 ")
 
 
 def test_a_wrong_type_inside_of_a_list_is_refused_with_its_place() -> None:

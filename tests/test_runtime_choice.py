@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -22,7 +23,7 @@ from kdx.checkpoint import load_state
 from kdx.cli import main
 from kdx.config import AUTO_RUNTIME, load_mapping
 from kdx.devices import present_devices
-from kdx.errors import ConfigError
+from kdx.errors import CheckpointError, ConfigError
 from kdx.loop import Session
 from kdx.ranges import UNMEASURED
 from kdx.resume import training_state
@@ -170,6 +171,20 @@ def test_bf16_is_tried_where_products_are_faster_in_it(times: float, low: str, m
         assert re.fullmatch(r"bf16, \S+ ms an update; fp32 \S+ ms", chosen.why["precision"])
 
 
+def test_a_precision_in_which_numbers_are_not_finite_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime_choice, "_half_of_products", lambda device, low: 0.5)
+
+    def make(runtime: RuntimeOptions) -> Session:
+        session = making(lambda runtime: 0.01 if runtime.precision == "fp32" else 0.0)(runtime)
+        if runtime.precision == "bf16":
+            session.learner.student.network.net.head.register_forward_hook(lambda module, inputs, out: out * math.nan)
+        return session
+
+    chosen = choose(open_spec(precision="auto"), make)
+    assert chosen.runtime.precision == "fp32"
+    assert chosen.why["precision"] == "fp32: losses or gradients were nan or inf in updates that were timed"
+
+
 def test_products_are_timed_on_this_very_machine() -> None:
     assert 0.01 < runtime_choice._half_of_products(torch.device("cpu"), "bf16") < 1000
 
@@ -276,6 +291,14 @@ def test_a_resumed_run_takes_what_it_began_with() -> None:
 
 
 @pytest.mark.skipif(len(present_devices()) > 1, reason="this machine has several kinds of device")
+@pytest.mark.parametrize("known", [{"precision": "auto"}, {}])
+def test_a_checkpoint_that_does_not_say_its_precision_is_refused(known: dict[str, Any]) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"^runtime.precision: found .* in the checkpoint, expected one of fp32, "
+    ):
+        choose(open_spec(precision="auto"), never, known)
+
+
 def test_a_run_that_began_on_a_device_that_is_not_here_goes_on_where_it_can() -> None:
     chosen = choose(open_spec(device="auto", precision="auto"), never, {"device": "cuda", "precision": "bf16"})
     assert (chosen.runtime.device, chosen.runtime.precision) == (None, "bf16")

@@ -135,6 +135,11 @@ def test_an_unknown_key_is_refused_at_every_level_with_the_nearest_one(
     assert near is None or f"did you mean '{near}'?" in message
 
 
+def test_only_a_target_is_told_that_it_may_be_stored() -> None:
+    assert "alpha, beta, divergence" in refusal({"losses": {"kd": {"use": "kd", "cach": True}}})
+    assert "did you mean 'cache'?" in refusal({"targets": {"all": {"use": "mean", "cach": True}}})
+
+
 # --- wrong types
 
 
@@ -142,16 +147,17 @@ def test_an_unknown_key_is_refused_at_every_level_with_the_nearest_one(
     ("layer", "start"),
     [
         ({"seed": "one"}, "seed: found 'one', expected int"),
-        ({"losses": 3}, "losses: found 3, expected dict[str, Any]"),
+        ({"losses": 3}, "losses: found 3, expected a mapping of options"),
         ({"plugins": "mine.py"}, "plugins: found 'mine.py', expected list[str]"),
         ({"train": {"batch": "big"}}, "train.batch: found 'big', expected int"),
         ({"train": {"batch": 12.5}}, "train.batch: found 12.5, expected int"),
         ({"train": {"weight_decay": True}}, "train.weight_decay: found True, expected float"),
         ({"data": {"labelled": "all"}}, "data.labelled: found 'all', expected int | float | None"),
-        ({"data": 3}, "data: found 3, expected dict[str, Any]"),
-        ({"student": {"args": [1]}}, "student.args: found [1], expected dict[str, Any] (timm, plugin kdx.builtin)"),
-        ({"student": {"taps": [1]}}, "student.taps: found [1], expected dict[str, Any]"),
+        ({"data": 3}, "data: found 3, expected a mapping of options"),
+        ({"student": {"args": [1]}}, "student.args: found [1], expected a mapping of options (timm, plugin"),
+        ({"student": {"taps": [1]}}, "student.taps: found [1], expected a mapping of options"),
         ({"teachers": {"big": 3}}, "teachers.big: found 3, expected a mapping of options"),
+        ({"runtime": "automatic"}, "runtime: found 'automatic', expected auto, or a mapping of options"),
         ({"losses": {"ce": "cross_entropy"}}, "losses.ce: found 'cross_entropy', expected a mapping of options"),
         ({"losses": {"ce": {"inputs": "logits"}}}, "losses.ce.inputs: found 'logits', expected a mapping"),
         ({"losses": {"ce": {"inputs": {"label": 3}}}}, "losses.ce.inputs.label: found 3, expected one ref"),
@@ -164,7 +170,7 @@ def test_an_unknown_key_is_refused_at_every_level_with_the_nearest_one(
          "losses.ce.label_smoothing: found 'x', expected float (cross_entropy, plugin kdx.builtin)"),
         ({"losses": {"ce": {"lr_scale": "x"}}}, "losses.ce.lr_scale: found 'x', expected float"),
         ({"metrics": {"classification": 3}}, "metrics.classification: found 3, expected a mapping"),
-        ({"train": {"optimizer": "sgd"}}, "train.optimizer: found 'sgd', expected dict[str, Any]"),
+        ({"train": {"optimizer": "sgd"}}, "train.optimizer: found 'sgd', expected a mapping of options"),
     ],
 )  # fmt: skip
 def test_a_wrong_type_is_refused_with_place_finding_and_expectation(layer: dict[str, Any], start: str) -> None:

@@ -120,7 +120,8 @@ def _check_labels_hold(options: Mapping[str, Any], augment: Iterable[Augmentatio
             raise ConfigError(
                 f"data.augment.{name}: it mixes images, and a label stays that of the unmixed one; put it into a view, "
                 f"as in `data: {{views: {{mixed: {{augment: {{{name}: {{}}}}}}}}}}`, for losses without labels, "
-                "as in `inputs: {student: student@mixed.logits, teacher: teacher@mixed.logits}`"
+                "as in `inputs: {student: student@mixed.logits, teacher: teacher@mixed.logits}`, or for the loss "
+                "mixed_cross_entropy, which knows both labels"
             )
 
 
