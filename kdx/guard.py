@@ -6,8 +6,7 @@ Flags stay on the device; they are read every `EVERY` updates, and always before
 from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -44,14 +43,14 @@ class Guarded:
 
     calls: tuple[ModelCall, ...] = ()
     groups: tuple[tuple[Key, ...], ...] = ()
+    _gappy: tuple[ModelCall, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_gappy", tuple(call for call in self.calls if call.presence != ALWAYS))
 
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(call.name for call in self.calls)
-
-    @cached_property
-    def _gappy(self) -> tuple[ModelCall, ...]:
-        return tuple(call for call in self.calls if call.presence != ALWAYS)
 
     def without(self, names: Container[str]) -> Guarded:
         """The others, and what of them may stand in for each other."""
