@@ -6,11 +6,11 @@
 from `torch.nn.functional`, and one number read at every step. `tuned` is the best that was found by hand: batches
 gathered by index, teachers that stop after what is read, the fused optimizer, the divergence as one cross-entropy with
 soft targets, and no number read. `kdx` computes as a config does that says nothing of it, in eager calls as these two
-do; `auto` has measured its layout, compilation and what computes the teachers, as `runtime: auto` does for a training of
-some hours. `alone` is `plain` without a teacher. All train the same nets on the same numbers of samples and take turns
-within one process, with a fixed number of threads, several updates at a time of the smaller nets; shown are medians of
-an update with their quartiles, and the medians of the ratios of each turn. `--cpu` takes the processor's time in place
-of the wall clock's, for a machine that others use as well.
+do; `auto` has measured its layout, compilation and what computes the teachers, as `runtime: auto` does for a training
+of some hours. `alone` is `plain` without a teacher. All train the same nets on the same numbers of samples and take
+turns within one process, with a fixed number of threads, several updates at a time of the smaller nets; shown are
+medians of an update with their quartiles, and the medians of the ratios of each turn. `--cpu` takes the processor's
+time in place of the wall clock's, for a machine that others use as well.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Facts of `runtime.compile`: a compiled step is one graph of the teachers and one of the learner, with equal numbers."""
+"""Facts of `runtime.compile`: a compiled step is a graph of the teachers and one of the learner, with equal numbers."""
 
 from __future__ import annotations
 
