@@ -29,6 +29,7 @@ from kdx.report import environment_of
 from kdx.sections import RuntimeOptions
 from kdx.spec import RunSpec
 from kdx.types import Batch
+from kdx.ways import at_once
 
 ROUNDS = 5
 """How often each of two is timed, in turn."""
@@ -173,7 +174,8 @@ class _Trial:
         self.best.learner.train()
         for _ in range(2):  # the first updates make the state of the optimizer
             self._seconds(self.best)
-        self.ms = 1000 * statistics.median(self._seconds(self.best) for _ in range(ROUNDS))
+        self._count = at_once(self._seconds(self.best))
+        self.ms = 1000 * statistics.median(self._seconds(self.best, self._count) for _ in range(ROUNDS))
 
     @property
     def seconds_of_training(self) -> float:
@@ -192,8 +194,8 @@ class _Trial:
             return second, False
         times: dict[str, list[float]] = {"best": [], "other": []}
         for _ in range(ROUNDS):
-            times["best"].append(1000 * self._seconds(self.best))
-            times["other"].append(1000 * self._seconds(other))
+            times["best"].append(1000 * self._seconds(self.best, self._count))
+            times["other"].append(1000 * self._seconds(other, self._count))
         if other.runtime.faults.found.item():
             raise KdxError("losses or gradients were nan or inf in updates that were timed")
         self.ms, found = (statistics.median(values) for values in times.values())
@@ -208,14 +210,19 @@ class _Trial:
             self._seconds(self.best)
         return int(counter.get_total_flops())
 
-    def _seconds(self, session: Session) -> float:
+    def _seconds(self, session: Session, count: int = 1) -> float:
+        """The mean of so many updates, of several without the first."""
         device = session.runtime.device
         batch = {name: value.to(device) for name, value in self._batch.items()}
+        knobs = session.knobs.at(session.clock)
+        if count > 1:
+            step(session, batch, knobs)
         session.runtime.wait()
         began = time.perf_counter()
-        step(session, batch, session.knobs.at(session.clock))
+        for _ in range(count):
+            step(session, batch, knobs)
         session.runtime.wait()
-        return time.perf_counter() - began
+        return (time.perf_counter() - began) / count
 
 
 def _device(trial: _Trial, others: Sequence[str]) -> str:

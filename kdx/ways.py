@@ -38,6 +38,8 @@ from kdx.types import Batch
 
 Known = Sequence[Sequence[Any]]
 """What a checkpoint keeps of a decision: `[way, [names of the teachers]]` for each stand-in."""
+AT_ONCE, MOST = 0.02, 20
+"""What takes less than so many seconds is timed several times at once, at most so many."""
 ROUNDS = 5
 """How often each way is timed, in turn."""
 GAIN = 0.95
@@ -143,16 +145,31 @@ def medians(
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
     """The median milliseconds of each contender, timed in turn."""
+
+    def seconds(contender: Runs, count: int) -> float:
+        several = [start(batch) for _ in range(count)]
+        wait()
+        began = clock()
+        for values in several:
+            contender.run(values)
+        wait()
+        return (clock() - began) / count
+
+    count = at_once(min(seconds(contender, 1) for contender in contenders.values()))
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, contender in contenders.items():
-            values = start(batch)
-            wait()
-            began = clock()
-            contender.run(values)
-            wait()
-            times[name].append(1000 * (clock() - began))
+            times[name].append(1000 * seconds(contender, count))
     return {name: statistics.median(found) for name, found in times.items()}
+
+
+def at_once(seconds: float) -> int:
+    """How often something that takes so long is timed at once.
+
+    In a training it comes again and again. A short call among others would find the caches of the processor full of
+    what is theirs.
+    """
+    return max(1, min(MOST, round(AT_ONCE / max(seconds, 1e-9))))
 
 
 def _groups(session: Session, calls: Sequence[ModelCall], known: Known | None) -> list[tuple[ModelCall, ...]]:

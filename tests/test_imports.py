@@ -48,7 +48,8 @@ LAYERS = """
     cache_fill cache_import feed student report functional diagnosis memory
     loop
     agreement
-    outcome ways preflight derive runtime_choice micro_batch
+    outcome ways preflight derive micro_batch
+    runtime_choice
     resume overlap
     saving
     runs
