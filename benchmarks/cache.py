@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from nets import NETS, Net
-from step import LR, TEMPERATURE, Task, Update, in_turns, machine, make_task, tap
+from step import LR, TEMPERATURE, Task, Update, in_turns, machine, make_task, other, tap
 
 from kdx.builtin.tensor_data import TensorDataset
 from kdx.config import load_mapping
@@ -77,10 +77,7 @@ def prepared(task: Task, case: str, folder: Path) -> tuple[Prepared, Options]:
     config = config_of(task.net, case, folder)
     nets = {"student": task.net.student()}
     for number, name in enumerate(config["teachers"]):
-        nets[name] = task.net.teacher()
-        with torch.no_grad():
-            for weight in nets[name].parameters():
-                weight.mul_(1 + 0.01 * number)
+        nets[name] = other(task.net.teacher(), number)
     tensors = {"image": task.images, "label": task.labels}
     if case == "given":
         kept = tap(teacher := task.net.teacher().eval(), task.net.tap)

@@ -63,9 +63,21 @@ class Task:
     def teachers(self) -> int:
         return {"three": 3, "four": 4}.get(self.terms, 1)
 
+    def make_teachers(self) -> list[nn.Module]:
+        """The teachers, of other weights each: an optimizing backend works out equal ones but once."""
+        return [other(self.net.teacher(), number) for number in range(self.teachers)]
+
     @property
     def inner(self) -> bool:
         return self.terms in ("hint", "attention")
+
+
+def other(net: nn.Module, number: int) -> nn.Module:
+    """A net with other weights for each number."""
+    with torch.no_grad():
+        for weight in net.parameters():
+            weight.mul_(1 + 0.01 * number)
+    return net
 
 
 def make_task(net: Net, terms: str, batches: int = 40) -> Task:
@@ -109,7 +121,7 @@ def kdx_session(
         losses["hint"] = {"use": "mse", "inputs": {"student": "mid", "teacher": "teacher.mid"}}
     if task.terms == "attention":
         losses["at"] = {"use": "at", "inputs": {"student": ["student.mid"], "teacher": ["teacher.mid"]}}
-    nets = {"student": task.net.student(), **{name: task.net.teacher() for name in names}}
+    nets = {"student": task.net.student(), **dict(zip(names, task.make_teachers(), strict=True))}
     options = Options(quiet=True, data=Data.from_tensors({"image": task.images, "label": task.labels}), networks=nets)
     prepared = prepare(load_mapping(config), options)
 
@@ -159,7 +171,7 @@ def attention(features: Tensor) -> Tensor:
 def plain_update(task: Task, *, alone: bool = False) -> Update:
     """One update as tutorials write it."""
     student = task.net.student()
-    teachers = [] if alone else [task.net.teacher().eval() for _ in range(task.teachers)]
+    teachers = [] if alone else [teacher.eval() for teacher in task.make_teachers()]
     ours = tap(student, task.net.tap) if task.inner and not alone else []
     theirs = tap(teachers[0], task.net.tap) if task.inner and not alone else []
     aligner = task.net.align() if task.terms == "hint" and not alone else nn.Identity()
@@ -193,7 +205,7 @@ def plain_update(task: Task, *, alone: bool = False) -> Update:
 def tuned_update(task: Task) -> Update:
     """The best loop that was found by hand."""
     student = task.net.student()
-    teachers = [task.net.teacher().eval().requires_grad_(False) for _ in range(task.teachers)]
+    teachers = [teacher.eval().requires_grad_(False) for teacher in task.make_teachers()]
     ours = tap(student, task.net.tap) if task.inner else []
     theirs = tap(teachers[0], task.net.tap) if task.inner else []
     aligner = task.net.align() if task.terms == "hint" else nn.Identity()
