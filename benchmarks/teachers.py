@@ -25,6 +25,7 @@ from typing import Any
 import psutil
 import torch
 from nets import NETS
+from step import other
 
 from kdx.backends import WAYS as BACKENDS
 from kdx.backends import make_backend, problem_of, start
@@ -50,10 +51,7 @@ WARM_UP = 2
 def four(name: str, options: argparse.Namespace) -> None:
     """The rows of four teachers of one net, which differ in their weights."""
     net, device = NETS[name], torch.device(options.device)
-    nets = [net.teacher().requires_grad_(False).eval().to(device) for _ in range(FOUR)]
-    for number, one in enumerate(nets):
-        for weight in one.parameters():
-            weight.mul_(1 + 0.01 * number)
+    nets = [other(net.teacher(), number).requires_grad_(False).eval().to(device) for number in range(FOUR)]
     batch = {"image": torch.rand(net.batch, *net.shape, device=device)}
     calls = []
     for number, one in enumerate(nets):

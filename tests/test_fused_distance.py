@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from kdx import fused_distance
 from kdx.fused_distance import squared_distance
+
+
+@pytest.fixture(params=["small", "large"], autouse=True)
+def size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Either way for features of any size."""
+    monkeypatch.setattr(fused_distance, "SMALL", 1 << 15 if request.param == "small" else -1)
 
 
 def composed(student: Tensor, teacher: Tensor) -> Tensor:
