@@ -20,7 +20,7 @@ from typing import Any
 import timm
 import torch
 
-from kdx.backends import WAYS, compare, make_backend, problem_of, start
+from kdx.backends import WAYS, compare, make_backend, problem_of
 from kdx.builtin.tensor_data import TensorDataset
 from kdx.calls import ModelCall, StandIn
 from kdx.components import Network
@@ -30,7 +30,7 @@ from kdx.loop import Session, make_session, step
 from kdx.runs import Options, build_plan, prepare
 from kdx.runtime import Runtime
 from kdx.taps import Tap, Tapped
-from kdx.ways import medians
+from kdx.timing import medians, start
 
 NETS: dict[str, tuple[dict[str, Any], str]] = {
     "resnet18": ({}, "layer3"),

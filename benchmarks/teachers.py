@@ -28,7 +28,7 @@ from nets import NETS
 from step import other
 
 from kdx.backends import WAYS as BACKENDS
-from kdx.backends import make_backend, problem_of, start
+from kdx.backends import make_backend, problem_of
 from kdx.batched import BATCHED, Together
 from kdx.builtin.tensor_data import TensorDataset
 from kdx.calls import ModelCall, Values, execute
@@ -39,6 +39,7 @@ from kdx.loop import Session, make_session, step
 from kdx.runs import Options, build_plan, prepare
 from kdx.runtime import Runtime
 from kdx.taps import Tapped
+from kdx.timing import start
 from kdx.ways import decide
 
 FOUR = 4

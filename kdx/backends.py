@@ -19,6 +19,7 @@ from kdx.plan import Plan
 from kdx.ranges import AUTO, EAGER
 from kdx.reach import base_of
 from kdx.recall import IdleCall
+from kdx.timing import start
 from kdx.types import Batch
 
 Answer = Callable[[Sequence[Tensor]], Sequence[Tensor]]
@@ -161,11 +162,6 @@ def compare(calls: Sequence[ModelCall], found: Values, batch: Batch) -> float:
 def streams_of(calls: Sequence[ModelCall], values: Values) -> list[Tensor]:
     """What calls read, in the order of their graph."""
     return [values[key] for key in keys_of(calls)]
-
-
-def start(batch: Batch) -> Values:
-    """The values of a step before anything has run."""
-    return {f"batch.{name}": tensor for name, tensor in batch.items()}
 
 
 def _folded(program: ExportedProgram, streams: Sequence[Tensor]) -> Answer:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import statistics
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,14 +17,11 @@ from kdx.options import plain_options
 from kdx.plan import Plan
 from kdx.reach import base_of
 from kdx.taps import Tapped
+from kdx.timing import GAIN, InTurn, medians, start
 from kdx.types import Batch
 
 BATCHED = "batched"
 """The way of several teachers in one call."""
-ROUNDS = 5
-"""How often either way is timed, in turn."""
-GAIN = 0.95
-"""One call must take less than this part of the time of several."""
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
@@ -133,7 +128,8 @@ def choose(
                 )
             lines.append(f"teachers {who}: called one after another, since they cannot be one call: {problem}")
             continue
-        one, several = _timed(together, batch, wait, runs or {})
+        each = InTurn([(runs or {}).get(call.name, call) for call in calls])
+        one, several = medians({"one": together, "several": each}, batch, wait).values()
         if always or one < GAIN * several:
             together.adopt()
             adopted.append(together)
@@ -149,7 +145,7 @@ def _tried(calls: Sequence[ModelCall], batch: Batch) -> tuple[Together | None, s
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # an operation that vmap can only loop over
             together = Together(calls)
-            found, expected = _start(batch), _start(batch)
+            found, expected = start(batch), start(batch)
             together.run(found)
         for call in calls:
             call.run(expected)
@@ -161,31 +157,3 @@ def _tried(calls: Sequence[ModelCall], batch: Batch) -> tuple[Together | None, s
             if not torch.allclose(found[key], expected[key], rtol=tolerance, atol=tolerance, equal_nan=True):
                 return None, f"{key} would differ by {float((found[key] - expected[key]).abs().max()):.2g}"
     return together, ""
-
-
-def _timed(
-    together: Together, batch: Batch, wait: Callable[[], None], runs: Mapping[str, StandIn | ModelCall]
-) -> tuple[float, float]:
-    """Medians in milliseconds of one call, and of the calls one after another."""
-
-    each = [runs.get(call.name, call) for call in together.calls]
-
-    def several(values: Values) -> None:
-        for one in each:
-            one.run(values)
-
-    times: dict[Callable[[Values], None], list[float]] = {together.run: [], several: []}
-    for _ in range(ROUNDS):
-        for way, found in times.items():
-            values = _start(batch)
-            wait()
-            began = time.perf_counter()
-            way(values)
-            wait()
-            found.append(1000 * (time.perf_counter() - began))
-    one, after = (statistics.median(found) for found in times.values())
-    return one, after
-
-
-def _start(batch: Batch) -> Values:
-    return {f"batch.{name}": tensor for name, tensor in batch.items()}

@@ -16,7 +16,8 @@ from kdx.loop import Session
 from kdx.memory import is_out_of_memory
 from kdx.ranges import AUTO
 from kdx.streams import Lane, Streams, in_turn
-from kdx.ways import GAIN, medians, training_samples
+from kdx.timing import GAIN, medians
+from kdx.ways import training_samples
 
 
 @dataclass(frozen=True)

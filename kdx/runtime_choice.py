@@ -28,15 +28,11 @@ from kdx.ranges import AUTO, PRECISIONS, UNMEASURED
 from kdx.report import environment_of
 from kdx.sections import RuntimeOptions
 from kdx.spec import RunSpec
+from kdx.timing import GAIN, ROUNDS, at_once
 from kdx.types import Batch
-from kdx.ways import at_once
 
-ROUNDS = 5
-"""How often each of two is timed, in turn."""
-GAIN = 0.95
-"""A setting must take less than this part of the time."""
 PRECISION_GAIN = 0.8
-"""So must a lower precision, which changes numbers by more than rounding."""
+"""A lower precision, which changes numbers by more than rounding, must take less than this part of the time."""
 HOPELESS = 1.5
 """A setting that takes more than so many times as long once its first update is over is not timed any further."""
 FAR = 4.0

@@ -7,9 +7,7 @@ measurement on training samples when a run starts; a checkpoint keeps it, so tha
 from __future__ import annotations
 
 import math
-import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,26 +22,19 @@ from kdx.backends import (
     named_graphs,
     problem_of,
     reading_the_same,
-    start,
     where_of,
 )
 from kdx.batched import BATCHED, Together, alike, choose
-from kdx.calls import ModelCall, StandIn, Values
+from kdx.calls import ModelCall, StandIn
 from kdx.errors import PlanError
 from kdx.formats import duration, milliseconds
 from kdx.loop import Session
 from kdx.ranges import AUTO, EAGER
-from kdx.streams import Runs, in_turn
+from kdx.timing import GAIN, InTurn, medians, start
 from kdx.types import Batch
 
 Known = Sequence[Sequence[Any]]
 """What a checkpoint keeps of a decision: `[way, [names of the teachers]]` for each stand-in."""
-AT_ONCE, MOST = 0.02, 20
-"""What takes less than so many seconds is timed several times at once, at most so many."""
-ROUNDS = 5
-"""How often each way is timed, in turn."""
-GAIN = 0.95
-"""A way must take less than this part of the time of eager calls, or one graph of that of several ways."""
 SEVERAL = "one after another"
 """The ways that were found for several teachers without a graph of all."""
 WORTH = {"folded": 5.0, "onnxruntime": 20.0, "openvino": 20.0, "compile": 300.0}
@@ -59,16 +50,6 @@ class _Single:
     line: str
     eager: float = math.inf
     """Milliseconds of an eager call, where that was measured."""
-
-
-@dataclass(frozen=True)
-class _InTurn:
-    """Several ways, one after another."""
-
-    ways: Sequence[StandIn | ModelCall]
-
-    def run(self, values: Values) -> None:
-        in_turn(self.ways, values)
 
 
 @dataclass(frozen=True)
@@ -137,41 +118,6 @@ def training_samples(session: Session) -> Batch:
         return session.feed.plain(session.splits.train.fetch(range(count)))
 
 
-def medians(
-    contenders: Mapping[str, Runs],
-    batch: Batch,
-    wait: Callable[[], None],
-    rounds: int = ROUNDS,
-    clock: Callable[[], float] = time.perf_counter,
-) -> dict[str, float]:
-    """The median milliseconds of each contender, timed in turn."""
-
-    def seconds(contender: Runs, count: int) -> float:
-        several = [start(batch) for _ in range(count)]
-        wait()
-        began = clock()
-        for values in several:
-            contender.run(values)
-        wait()
-        return (clock() - began) / count
-
-    count = at_once(min(seconds(contender, 1) for contender in contenders.values()))
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(rounds):
-        for name, contender in contenders.items():
-            times[name].append(1000 * seconds(contender, count))
-    return {name: statistics.median(found) for name, found in times.items()}
-
-
-def at_once(seconds: float) -> int:
-    """How often something that takes so long is timed at once.
-
-    In a training it comes again and again. A short call among others would find the caches of the processor full of
-    what is theirs.
-    """
-    return max(1, min(MOST, round(AT_ONCE / max(seconds, 1e-9))))
-
-
 def _groups(session: Session, calls: Sequence[ModelCall], known: Known | None) -> list[tuple[ModelCall, ...]]:
     """The teachers that may be one call, or that were."""
     options = session.spec.runtime
@@ -226,14 +172,14 @@ def _measured_graphs(
         in_one_call = {call.name for one in one_call for call in one.calls}
         rest = [singles[call.name].runs for call in group if call.name not in in_one_call]
         eager = sum(singles[call.name].eager for call in group)
-        found.append(_fastest_graph(session, group, _InTurn([*one_call, *rest]), eager, batch, worth))
+        found.append(_fastest_graph(session, group, InTurn([*one_call, *rest]), eager, batch, worth))
     return found
 
 
 def _fastest_graph(
     session: Session,
     calls: tuple[ModelCall, ...],
-    best: _InTurn,
+    best: InTurn,
     eager: float,
     batch: Batch,
     worth: Mapping[str, float],

@@ -39,7 +39,7 @@ LAYERS = """
     spec catalogue presence watching
     calls trial
     recall reach probe shown guard gaps streams
-    storable wiring
+    storable wiring timing
     plan identity
     cache_key plots_shown report_teachers batched backends_graph nonfinite
     backends
@@ -48,8 +48,7 @@ LAYERS = """
     cache_fill cache_import feed student report functional diagnosis memory
     loop
     agreement
-    outcome ways preflight derive micro_batch
-    runtime_choice
+    outcome ways preflight derive runtime_choice micro_batch
     resume overlap
     saving
     runs
