@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 
 from kdx.errors import ConfigError
@@ -45,3 +47,8 @@ def check_precision(name: str, device: torch.device, where: str = "runtime.preci
     """Raise `ConfigError` for a precision that a device does not compute in."""
     if name == "fp16" and device.type == "cpu":
         raise ConfigError(f"{where}: fp16 needs a GPU; a CPU computes in fp32 or bf16")
+
+
+def without_autocast(device: str) -> AbstractContextManager[object]:
+    """Full precision for what runs inside; where it is full anyway, nothing is entered, which costs much itself."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()

@@ -21,6 +21,7 @@ from kdx.components import Dataset, Given, Metric, Network, Schedule
 from kdx.data import Splits, View
 from kdx.deploy import deployed
 from kdx.diagnosis import check_numbers
+from kdx.distributed import leave_out_exchange
 from kdx.errors import ConfigError
 from kdx.feed import Feed, streams_read
 from kdx.functional import Present
@@ -118,7 +119,7 @@ def make_session(spec: RunSpec, plan: Plan, dataset: Dataset, splits: Splits, ru
     peak = highest(spec.lr, steps_per_epoch, steps)
     updater = make_updater(spec, plan).to(runtime.device)
     network, reads = runtime.mirror(deployed(plan)), streams_read(plan)
-    forward = runtime.join(learner, by_hand=updater.eager, lent=lends(plan))
+    forward = runtime.join(learner, by_hand=updater.eager, by_total=updater.by_total, lent=lends(plan))
     groups = [*trained(spec, learner), Trained([*updater.parameters()], 1.0, 0.0)]
     optimizer = make_optimizer(groups, options.optimizer, device=runtime.device, peak=peak)
     runtime.prepare(learner, optimizer, options.clip, [*updater.parameters()])
@@ -365,6 +366,7 @@ class evaluating:  # noqa: N801  (a context manager, used as a verb)
 def make_metric(part: Part, facts: DataFacts, device: torch.device) -> Metric:
     """A fresh metric on the device."""
     metric: Metric = part.entry.component(part.options, facts, device)
+    leave_out_exchange(metric)
     return metric
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Container, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from kdx.calls import Call, Key, ModelCall, NodeCall, StandIn, Values, execute, weighted
 from kdx.components import Network, Node, Schedule
+from kdx.devices import without_autocast
 from kdx.guard import Marks
 from kdx.joint import joined
 from kdx.optim import Trained
@@ -68,6 +68,8 @@ class Teachers(nn.Module):
         self.marks: Marks | None = None
         self._source: Callable[[Batch], Values] | None = None
         self._kept = (*plan.kept, *plan.reported)
+        self._compiler: Mapping[str, Any] | None = None
+        self._rest: Callable[[Values], dict[Key, Tensor]] | None = None
         self.models = nn.ModuleDict(_models(tuple(call for call in self._models if call.seat is None)))
         self.nodes = nn.ModuleDict(_nodes(plan.teacher_calls))
         super().train(False)
@@ -86,6 +88,21 @@ class Teachers(nn.Module):
         taken = {call.name for one in stand_ins for call in one.calls}
         self.stand_ins = (*self.stand_ins, *stand_ins)
         self.live = tuple(call for call in self.live if call.name not in taken)
+        if stand_ins and self._compiler is not None:
+            self._compile_around()
+
+    def compile(self, *arguments: Any, **options: Any) -> None:
+        """One graph of all, or of what lies around stand-ins, which no compiler follows."""
+        self._compiler = options
+        super().compile(*arguments, **options)
+
+    def _compile_around(self) -> None:
+        assert self._compiler is not None
+        self._compiled_call_impl = None
+        for call in self.live:
+            call.module.compile(**self._compiler)
+        if self._awake:  # a compiled call costs more than to look at a few answers
+            self._rest = torch.compile(self._after_models, **self._compiler)
 
     @torch.no_grad()
     def forward(self, batch: Batch, knobs: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
@@ -95,6 +112,10 @@ class Teachers(nn.Module):
             values.update(self._source(batch))
         execute(self._recalled, values)
         self.lane((*self.live, *self.stand_ins), values)
+        return (self._rest or self._after_models)(values)
+
+    def _after_models(self, values: Values) -> dict[Key, Tensor]:
+        """Look at what live models gave, and run the nodes; gives what is kept."""
         asleep = self._asleep(values)
         if not asleep:
             execute(self._idle, values)
@@ -164,7 +185,7 @@ class Learner(nn.Module):
         values = _start(batch, knobs)
         values.update(kept)
         execute(self._calls, values)
-        with _without_autocast(next(iter(batch.values())).device.type):
+        with without_autocast(next(iter(batch.values())).device.type):
             execute(self._joined, values)
             means, parts = weighted(self._losses, values, self._units)
             total = functools.reduce(torch.add, parts.values())
@@ -236,11 +257,6 @@ def overrides(node: Node, method: str) -> bool:
 def generators(plan: Plan) -> dict[str, torch.Generator]:
     """The random generator of every node, by the node's name."""
     return {call.name: call.module.given.generator for call in plan.calls if isinstance(call, NodeCall)}
-
-
-def _without_autocast(device: str) -> AbstractContextManager[object]:
-    """Full precision for what runs inside; where it is full anyway, nothing is entered, which costs much itself."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def _calibrate(call: Call, values: Values) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +16,16 @@ from kdx.devices import DTYPES, check_precision
 from kdx.distributed import the_group
 from kdx.errors import ConfigError, PluginError
 from kdx.nonfinite import Faults
+from kdx.one_graph import OneGraph, can_be_one
 from kdx.optim import bare_step
 from kdx.parallel import Parallel, pick_own_device
 from kdx.sections import RuntimeOptions
 from kdx.shards import local
 from kdx.types import Batch, Losses
 from kdx.updater import Engine
+
+FOLD_EVERY = 64
+"""After so many spans on a GPU those that are over are added up."""
 
 
 class Runtime(Engine):
@@ -38,9 +44,12 @@ class Runtime(Engine):
         self._dtype = DTYPES.get(self.precision)
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self._clip: float | None = None
+        self._graph: OneGraph | None = None
         self._parallel = Parallel(self.group, options.parallel)
         self._stepped = self._lazy = False
         self.faults = Faults(self.device, self.group.average if self.group.size > 1 else None)
+        # The layout is what `channels_last` says; what the compiler would choose is slower on a CPU.
+        self._compiler = {"layout_optimization": False} if self.device.type == "cpu" else {}
         if options.threads is not None:
             torch.set_num_threads(options.threads)
 
@@ -52,12 +61,17 @@ class Runtime(Engine):
         """Let the network that is evaluated have the present weights."""
         self._parallel.refresh()
 
-    def join(self, learner: nn.Module, *, by_hand: bool, lent: bool) -> Callable[..., Losses]:
+    def join(self, learner: nn.Module, *, by_hand: bool, by_total: bool, lent: bool) -> Callable[..., Losses]:
         """What runs the learner so that all processes learn the same; before the optimizer is made.
 
-        `by_hand` is for updaters that take the backward pass apart; `lent` says whether nodes call parts of models.
+        `by_hand` is for updaters that take the backward pass apart, `by_total` for those that only follow the total;
+        `lent` says whether nodes call parts of models.
         """
         self._lazy = not by_hand
+        alone = self.group.size == 1 and not self._scaler.is_enabled()
+        if self.options.compile and by_total and alone and can_be_one():
+            self._graph = OneGraph(learner, self._compiler)
+            return self._graph
         return self._parallel.join(learner, by_hand, lent)
 
     def syncing(self, last: bool) -> AbstractContextManager[object]:
@@ -92,7 +106,7 @@ class Runtime(Engine):
         if self.options.channels_last:
             module.to(memory_format=torch.channels_last)
         if self.options.compile:
-            module.compile()
+            module.compile(options=self._compiler)
 
     def move(self, batch: Batch) -> Batch:
         """A batch on the device.
@@ -120,7 +134,14 @@ class Runtime(Engine):
         """The context of forward passes; without effect in fp32."""
         return nullcontext() if self._dtype is None else torch.autocast(self.device.type, self._dtype)
 
-    def backward(self, value: Tensor) -> None:
+    def backward(self, value: Tensor, share: float = 1.0) -> None:
+        if self._graph is not None and (found := self._graph.take(value)) is not None:
+            for weight, gradient in found:
+                if share != 1:
+                    gradient.mul_(share)
+                weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)
+            return
+        value = value if share == 1 else value * share
         (self._scaler.scale(value) if self._scaler.is_enabled() else value).backward()  # type: ignore[no-untyped-call]
 
     def update(self) -> None:
@@ -274,7 +295,7 @@ class _CudaPhase:
 
     def __exit__(self, *error: object) -> None:
         self._end.record(self._stream)
-        self._watch.events.append((self._name, self._start, self._end))
+        self._watch.spans.append(self._name, self._start, self._end)
 
 
 class Stopwatch:
@@ -285,7 +306,7 @@ class Stopwatch:
         self._cuda = device.type == "cuda"
         self._seconds: dict[str, float] = {}
         self._phases: dict[str, _Phase | _CudaPhase] = {}
-        self.events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self.spans = Spans(self.add)
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         """Add the time of the block to `name`; a phase is not entered within itself."""
@@ -301,9 +322,43 @@ class Stopwatch:
 
     def seconds(self) -> dict[str, float]:
         """The seconds by phase so far. Waits for the device."""
-        if self.events:
+        if self.spans:
             torch.cuda.synchronize(self._device)
-            for name, start, end in self.events:
-                self.add(name, start.elapsed_time(end) / 1000.0)
-            self.events.clear()
+            self.spans.fold()
         return dict(self._seconds)
+
+
+class Moment(Protocol):
+    """A point in the work of a device, as `torch.cuda.Event` is one."""
+
+    def query(self) -> bool: ...
+
+    def elapsed_time(self, end_event: Any) -> float: ...
+
+
+class Spans:
+    """Spans between moments of a device. Now and then those that are over become seconds, so that a run of many updates
+    does not keep the moments of all; the host never waits for it.
+    """
+
+    def __init__(self, add: Callable[[str, float], None]) -> None:
+        self._add = add
+        self._spans: deque[tuple[str, Moment, Moment]] = deque()
+        self._since = 0
+
+    def __len__(self) -> int:
+        return len(self._spans)
+
+    def append(self, name: str, start: Moment, end: Moment) -> None:
+        """Take one more span of a phase, from `start` to `end` on the same stream."""
+        self._spans.append((name, start, end))
+        self._since += 1
+        if self._since == FOLD_EVERY:
+            self._since = 0
+            self.fold()
+
+    def fold(self) -> None:
+        """Add the seconds of the first spans, up to one that the device has not come to the end of."""
+        while self._spans and self._spans[0][2].query():
+            name, start, end = self._spans.popleft()
+            self._add(name, start.elapsed_time(end) / 1000.0)

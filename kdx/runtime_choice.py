@@ -177,8 +177,9 @@ class _Trial:
     def seconds_of_training(self) -> float:
         return self.best.steps * self.ms / 1000
 
-    def against(self, gain: float, **change: Any) -> tuple[float, bool]:
-        """The milliseconds of an update with other settings, and whether they are taken from now on.
+    def against(self, gain: float, **change: Any) -> tuple[float, float, bool]:
+        """The milliseconds of an update with other settings and of the best so far in turn with it, and whether the
+        others are taken from now on.
 
         What the other settings raise goes through.
         """
@@ -187,18 +188,19 @@ class _Trial:
         self._seconds(other)
         second = 1000 * min(self._seconds(other), self._seconds(other))  # a compiler may still be at work in the first
         if second > HOPELESS * self.ms:
-            return second, False
+            return second, self.ms, False
         times: dict[str, list[float]] = {"best": [], "other": []}
         for _ in range(ROUNDS):
             times["best"].append(1000 * self._seconds(self.best, self._count))
             times["other"].append(1000 * self._seconds(other, self._count))
         if other.runtime.faults.found.item():
             raise KdxError("losses or gradients were nan or inf in updates that were timed")
-        self.ms, found = (statistics.median(values) for values in times.values())
-        if found < gain * self.ms:
-            self.best, self.ms = other, found
-            return found, True
-        return found, False
+        best, found = (statistics.median(values) for values in times.values())
+        taken = found < gain * best
+        if taken:
+            self.best = other
+        self.ms = found if taken else best
+        return found, best, taken
 
     def operations(self) -> int:
         """The floating-point operations of an update of the best session, as torch counts them."""
@@ -233,7 +235,7 @@ def _device(trial: _Trial, others: Sequence[str]) -> str:
             notes.append(f"{name} not tried, as its products of matrices alone would take {milliseconds(least)}")
             continue
         try:
-            times[name], _ = trial.against(GAIN, device=name)
+            times[name], _, _ = trial.against(GAIN, device=name)
         except Exception as error:
             notes.append(f"{name} does not work: {_reason(error)}")
     best = str(trial.best.spec.runtime.device)
@@ -291,15 +293,14 @@ def _compile(trial: _Trial, worth: float) -> str:
 
 def _told(trial: _Trial, new: Any, old: Any, change: Mapping[str, Any], gain: float = GAIN) -> str:
     """Try a change, and say what came of it; one that does not work is not taken."""
-    before = trial.ms
     try:
-        found, taken = trial.against(gain, **change)
+        found, before, taken = trial.against(gain, **change)
     except KdxError as error:
         return f"{_text(old)}: {error}"
     except Exception as error:  # compilers raise anything, and memory may be short
         return f"{_text(old)}, as {_text(new)} does not work: {_reason(error)}"
     now, than = (new, old) if taken else (old, new)
-    mine, other = (found, before) if taken else (trial.ms, found)
+    mine, other = (found, before) if taken else (before, found)
     return f"{_text(now)}, {milliseconds(mine)} an update; {_text(than)} {milliseconds(other)}"
 
 

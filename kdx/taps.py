@@ -189,7 +189,7 @@ class Tapped(nn.Module):
             streams = [network.prepare(stream) for stream in streams]
         if not self._hooked:
             return self._run(streams)
-        captured.active = True
+        captured.active, captured.tensors = True, {}  # a dict of this pass: a compiler keeps what others then hold
         try:
             found = self._run(streams)
         except _Stop:
@@ -212,6 +212,8 @@ class Tapped(nn.Module):
 
         Raises `PlanError` for a module that runs more than once in a pass: which of its tensors is meant is unknown.
         """
+        if not self._hooked:
+            return
         captured = self._captured
         stop_at = captured.stop_at
         try:

@@ -25,10 +25,13 @@ class Updater(Component, nn.Module, ABC):
     generator are saved, so state survives a resume. What is kept between `backward` and `step` need not be a buffer.
 
     eager: whether it asks for `engine.gradients` or `engine.losses`, which a compiled step does not allow.
+    by_total: whether all that `backward` does is `engine.backward(losses.total, share)`, with whatever it keeps of the
+        numbers. A compiled step then has both passes in one graph.
     needs_teachers: whether it makes sense only beside teachers; the plain student then has the default one.
     """
 
     eager: ClassVar[bool] = False
+    by_total: ClassVar[bool] = False
     needs_teachers: ClassVar[bool] = False
 
     def __init__(self, config: Any, given: Given | None = None) -> None:
@@ -65,8 +68,8 @@ class Engine(ABC):
     optimizer: torch.optim.Optimizer
 
     @abstractmethod
-    def backward(self, value: Tensor) -> None:
-        """Add the gradient of a 0-d `value` to the parameters, scaled as the precision needs."""
+    def backward(self, value: Tensor, share: float = 1.0) -> None:
+        """Add the gradient of a 0-d `value`, times `share`, to the parameters, scaled as the precision needs."""
 
     @abstractmethod
     def update(self) -> None:

@@ -10,9 +10,10 @@ class Plain(Updater):
     """One backward pass through the weighted sum for each micro-batch, one step for each update."""
 
     name = "plain"
+    by_total = True
 
     def backward(self, losses: Losses, share: float, engine: Engine) -> None:
-        engine.backward(losses.total if share == 1 else losses.total * share)
+        engine.backward(losses.total, share)
 
     def step(self, engine: Engine) -> None:
         engine.update()
