@@ -13,7 +13,8 @@ divergence as one cross-entropy with soft targets, pinned batches that are copie
 number read. `resident` is the same loop with all images on the device from the start. `timm` hands the batches of
 `tuned` to `LogitDistillationTask`. `kdx` computes as a config does; `streams` is kdx with each teacher on a stream of
 its own; `stored` reads the teachers' answers from a cache on disk; `alone` is kdx with labels only. With `--graphs`
-`compile` is kdx with `backend: compile`, and `graphs` is `tuned` with teachers compiled by `mode="reduce-overhead"`.
+`recorded` and `compile` are kdx with the backends `cuda_graph` and `compile`, `whole` is kdx with compiled steps, and
+`graphs` is `tuned` with teachers compiled by `mode="reduce-overhead"`.
 
 cuDNN looks for its fastest kernels for all of them. All take turns of some updates each, after which the host waits for
 the device; shown are medians of one update with quartiles, images in a second, the share of the speed of `alone`, and
@@ -65,9 +66,11 @@ PAIRS: dict[str, tuple[str, tuple[str, ...]]] = {
     "vit": ("vit_small_patch16_224", ("vit_base_patch16_224",)),
     "three": ("resnet18", ("resnet34", "resnet50", "vit_small_patch16_224")),
 }
+BACKENDS = {"recorded": "cuda_graph", "compile": "compile"}
 GOALS = (
     ("kdx", "tuned", "1.02"), ("kdx", "resident", ""), ("kdx", "timm", ""), ("stored", "alone", "1.03"),
-    ("streams", "kdx", "0.90"), ("compile", "kdx", ""), ("graphs", "tuned", ""),
+    ("streams", "kdx", "0.90"), ("recorded", "kdx", ""), ("compile", "kdx", ""), ("whole", "kdx", ""),
+    ("graphs", "tuned", ""),
 )  # fmt: skip
 """The ratios that are shown where both were measured, with what they are to be at most."""
 
@@ -115,7 +118,7 @@ class Task:
 def session_of(task: Task, folder: Path, case: str) -> Session:
     """The task as a config, ready to train."""
     names = [] if case == "alone" else [f"teacher_{i}" for i in range(len(task.teachers))]
-    own: dict[str, Any] = {"backend": "compile"} if case == "compile" else {}
+    own: dict[str, Any] = {"backend": BACKENDS[case]} if case in BACKENDS else {}
     if case == "stored":
         own["cache"] = {"where": str(folder / "caches")}
     losses: dict[str, Any] = {"ce": {"use": "cross_entropy"}}
@@ -134,6 +137,8 @@ def session_of(task: Task, folder: Path, case: str) -> Session:
         "train": {"updates": 10**6, "batch": task.batch, "lr": LR, "optimizer": {"use": "sgd", "momentum": 0.9}},
         "runtime": {"device": str(task.device), "precision": task.precision, "channels_last": True},
     }
+    if case == "whole":
+        config["runtime"]["compile"] = True
     nets = {"student": task.net(task.student)}
     nets |= {
         name: task.net(teacher, i + 1) for i, (name, teacher) in enumerate(zip(names, task.teachers, strict=False))
@@ -251,7 +256,10 @@ def loops(task: Task, folder: Path, *, graphs: bool) -> dict[str, Update]:
     found["stored"] = kdx_update(task, folder, "stored")
     found["alone"] = kdx_update(task, folder, "alone")
     if graphs:
+        if task.device.type == "cuda":
+            found["recorded"] = kdx_update(task, folder, "recorded")
         found["compile"] = kdx_update(task, folder, "compile")
+        found["whole"] = kdx_update(task, folder, "whole")
         found["graphs"] = tuned_update(task, batches(task), graphs=True)
     return found
 

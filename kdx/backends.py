@@ -1,4 +1,4 @@
-"""What computes frozen models in place of eager calls: a folded or compiled graph, onnxruntime or OpenVINO."""
+"""What computes frozen models in place of eager calls: a folded, recorded or compiled graph, onnxruntime, OpenVINO."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch.export import ExportedProgram
 
 from kdx.backends_graph import export, fold, keys_of
 from kdx.calls import Call, Key, ModelCall, Values
+from kdx.devices import without_autocast
 from kdx.errors import ConfigError, PlanError
 from kdx.plan import Plan
 from kdx.ranges import AUTO, EAGER
@@ -30,7 +31,13 @@ _NEEDS: Mapping[str, tuple[str, ...]] = {
     "onnxruntime": ("onnxruntime", "onnx", "onnxscript"),
     "openvino": ("openvino",),
 }
-"""The packages of the backends that compute on a CPU only; the extra of kdx has the name of the backend."""
+"""The packages of backends; the extra of kdx has the name of the backend."""
+_PLACES: Mapping[str, tuple[str, str]] = {
+    "onnxruntime": ("cpu", "a CPU"),
+    "openvino": ("cpu", "a CPU"),
+    "cuda_graph": ("cuda", "a CUDA device"),
+}
+"""The one kind of device that a backend computes on, and how it is called."""
 
 
 class Backend:
@@ -73,11 +80,9 @@ def problem_of(backend: str, call: ModelCall, device: torch.device) -> str | Non
     """Why a backend cannot be, as far as this is known before it is made; None if it may."""
     if call.seat is not None:
         return "it has a place or a precision of its own"
-    if backend not in _NEEDS:
-        return None
-    if device.type != "cpu":
-        return f"{backend} computes on a CPU, and the run on {device}"
-    missing = [name for name in _NEEDS[backend] if importlib.util.find_spec(name) is None]
+    if backend in _PLACES and _PLACES[backend][0] != device.type:
+        return f"{backend} computes on {_PLACES[backend][1]}, and the run on {device}"
+    missing = [name for name in _NEEDS.get(backend, ()) if importlib.util.find_spec(name) is None]
     return f"{' and '.join(missing)} is not installed: pip install 'kdx[{backend}]'" if missing else None
 
 
@@ -193,6 +198,29 @@ def _compiled(program: ExportedProgram, streams: Sequence[Tensor]) -> Answer:
     return answer
 
 
+def _recorded(program: ExportedProgram, streams: Sequence[Tensor]) -> Answer:
+    module, given = fold(program), [_channels_last(stream).clone() for stream in streams]
+    device = given[0].device
+    with torch.cuda.device(device), without_autocast(device.type):  # what it casts is in the graph
+        before = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        before.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(before):  # libraries choose their kernels and take their memory in the first calls
+            for _ in range(3):
+                module(*given)
+        torch.cuda.current_stream(device).wait_stream(before)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found: Sequence[Tensor] = module(*given)
+
+    def answer(streams: Sequence[Tensor]) -> Sequence[Tensor]:
+        for own, stream in zip(given, streams, strict=True):
+            own.copy_(stream)
+        graph.replay()
+        return [one.clone() for one in found]  # the next call writes to the same memory
+
+    return answer
+
+
 def _onnxruntime(program: ExportedProgram, streams: Sequence[Tensor]) -> Answer:
     import onnxruntime
 
@@ -249,9 +277,15 @@ def _openvino(program: ExportedProgram, streams: Sequence[Tensor]) -> Answer:
 
 _MAKERS: Mapping[str, Callable[[ExportedProgram, Sequence[Tensor]], Answer]] = {
     "folded": _folded,
+    "cuda_graph": _recorded,
     "onnxruntime": _onnxruntime,
     "openvino": _openvino,
     "compile": _compiled,
 }
 WAYS = tuple(_MAKERS)
 """All backends but the eager one, those that are made in least time first."""
+
+
+def ways_on(device: torch.device) -> tuple[str, ...]:
+    """The backends that compute on such a device, installed or not."""
+    return tuple(way for way in WAYS if way not in _PLACES or _PLACES[way][0] == device.type)

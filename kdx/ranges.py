@@ -21,7 +21,7 @@ UNMEASURED: dict[str, Any] = {
 LONGEST_NAME = 200
 """Bytes of a name, as the names of folders have an end."""
 AUTO, EAGER = "auto", "eager"
-BACKENDS = (AUTO, EAGER, "folded", "compile", "onnxruntime", "openvino")
+BACKENDS = (AUTO, EAGER, "folded", "cuda_graph", "compile", "onnxruntime", "openvino")
 """What may compute a frozen teacher."""
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import Field, dataclass, field, fields
 from typing import Any
+
+ONLY = "only"
+"""What names, in the metadata of an option, the one section whose parts may say it."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,7 @@ class ModelOptions:
     The rest is for frozen teachers, and says how one computes: on a `device` of its own; with `offload: cpu` its
     weights lie in main memory and are on the device only while it runs, so that teachers take turns there; in a
     `precision` of its own, which is otherwise that of the run, or fp32 on another kind of device than the run's; by
-    a `backend` (eager, folded, compile, onnxruntime, openvino), where auto takes the fastest of them. With `cache` its
+    a `backend` (eager, folded, cuda_graph, compile, onnxruntime, openvino), where auto takes the fastest. With `cache` its
     answers are stored once and read in place of it. With `shard` its weights are spread over the processes of a run;
     on one process that changes nothing.
     """
@@ -123,13 +126,13 @@ class ModelOptions:
     taps: dict[str, Any] = field(default_factory=dict)
     run: Any = None
     checkpoint: str | None = None
-    trainable: bool = False
-    device: str | None = None
-    offload: str | None = None
-    precision: str | None = None
-    backend: str | None = None
-    cache: Any = None
-    shard: bool = False
+    trainable: bool = field(default=False, metadata={ONLY: "teachers"})
+    device: str | None = field(default=None, metadata={ONLY: "teachers"})
+    offload: str | None = field(default=None, metadata={ONLY: "teachers"})
+    precision: str | None = field(default=None, metadata={ONLY: "teachers"})
+    backend: str | None = field(default=None, metadata={ONLY: "teachers"})
+    cache: Any = field(default=None, metadata={ONLY: "teachers"})
+    shard: bool = field(default=False, metadata={ONLY: "teachers"})
 
 
 @dataclass(frozen=True)
@@ -143,4 +146,9 @@ class NodeOptions:
 
     lr_scale: float = 1.0
     weight_decay: float | None = None
-    cache: Any = None
+    cache: Any = field(default=None, metadata={ONLY: "targets"})
+
+
+def options_of(schema: type[Any], section: str) -> list[Field[Any]]:
+    """The options of a schema that the parts of a section may say."""
+    return [item for item in fields(schema) if item.metadata.get(ONLY, section) == section]

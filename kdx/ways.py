@@ -22,6 +22,7 @@ from kdx.backends import (
     named_graphs,
     problem_of,
     reading_the_same,
+    ways_on,
     where_of,
 )
 from kdx.batched import BATCHED, Together, alike, choose
@@ -37,7 +38,7 @@ Known = Sequence[Sequence[Any]]
 """What a checkpoint keeps of a decision: `[way, [names of the teachers]]` for each stand-in."""
 SEVERAL = "one after another"
 """The ways that were found for several teachers without a graph of all."""
-WORTH = {"folded": 5.0, "onnxruntime": 20.0, "openvino": 20.0, "compile": 300.0}
+WORTH = {"folded": 5.0, "cuda_graph": 5.0, "onnxruntime": 20.0, "openvino": 20.0, "compile": 300.0}
 """How many seconds of eager calls a training must have left for a way to be tried: about ten times what that costs. One
 graph of several teachers needs as many for each of them."""
 
@@ -233,7 +234,7 @@ def _made(
     left = (session.steps - session.step) * session.accumulate * eager / 1000
     made: dict[str, Backend] = {}
     notes: list[str] = []
-    for way in WAYS:
+    for way in ways_on(session.runtime.device):
         problems = [problem_of(way, call, session.runtime.device) for call in calls]
         problem = next((one for one in problems if one is not None), None)
         if problem is None and left < len(calls) * worth[way]:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from kdx.backends import (
     TOLERANCE,
-    WAYS,
     Backend,
     compare,
     make_backend,
@@ -22,6 +21,7 @@ from kdx.backends import (
     reading_the_same,
     start,
     streams_of,
+    ways_on,
 )
 from kdx.backends_graph import as_module, export, fold
 from kdx.calls import ModelCall
@@ -34,8 +34,8 @@ from kdx.taps import Tap, Tapped
 from kdx.types import Batch
 from kdx.ways import decide
 
-QUICK = tuple(way for way in WAYS if way != "compile")
 CPU = torch.device("cpu")
+QUICK = tuple(way for way in ways_on(CPU) if way != "compile")
 
 
 class Net(nn.Module):
@@ -272,9 +272,34 @@ def test_a_backend_that_is_not_installed_says_what_to_install(monkeypatch: pytes
         check_run(prepared(DISTIL, asked("openvino")), quiet())
 
 
-def test_a_backend_of_cpus_is_refused_on_a_gpu() -> None:
-    found = problem_of("onnxruntime", call_of(), torch.device("cuda"))
-    assert found == "onnxruntime computes on a CPU, and the run on cuda"
+def test_a_backend_is_refused_on_a_device_that_is_none_of_its_own() -> None:
+    gpu = torch.device("cuda")
+    assert problem_of("onnxruntime", call_of(), gpu) == "onnxruntime computes on a CPU, and the run on cuda"
+    assert problem_of("cuda_graph", call_of(), CPU) == "cuda_graph computes on a CUDA device, and the run on cpu"
+    with pytest.raises(ConfigError, match=r"teachers.wide.backend: found 'cuda_graph' .* a CUDA device, and the run"):
+        check_run(prepared(DISTIL, asked("cuda_graph")), quiet())
+    assert ways_on(CPU) == ("folded", "onnxruntime", "openvino", "compile")
+    assert ways_on(gpu) == ("folded", "cuda_graph", "compile")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@torch.no_grad()
+def test_a_recorded_graph_reads_each_batch_anew_and_keeps_what_it_gave(precision: str) -> None:
+    device = torch.device("cuda")
+    call = call_of(("logits", "mid"), mid=Tap("second"))
+    call.module.to(device)
+    batches = [{name: tensor.to(device) for name, tensor in one.items()} for one in (batch(), batch(), batch())]
+    for place, one in enumerate(batches):
+        one["image"].mul_(place + 1)
+    with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16"):
+        backend = make_backend("cuda_graph", [call], batches[0])
+        found = [start(one) for one in batches]
+        for values in found:
+            backend.run(values)
+        for one, values in zip(batches, found, strict=True):
+            assert compare([call], values, one) <= max(TOLERANCE.values())
 
 
 def test_a_teacher_with_a_place_of_its_own_has_no_backend() -> None:
