@@ -1,6 +1,6 @@
 """What an update costs with stored answers of teachers, against the same update of the student that learns from labels.
 
-    python benchmarks/cache.py [--net mlp convnet resnet] [--rounds 60] [--batches 64] [--threads 1] [--cpu]
+    python benchmarks/cache.py [--net mlp convnet resnet] [--rounds 60] [--batches 64] [--threads 1] [--compile] [--cpu]
 
 For each net of `nets.py`: an update of kdx with the stored logits of one teacher, with one stored feature map too, with
 four stored teachers whose mean is taken in each update, with the mean of four that is stored itself, and with the live
@@ -9,7 +9,8 @@ teacher; and the time of filling a cache with logits, for each batch, as a part 
 column with a map holds the aligner and the loss on the map, too, which the student alone does not have; so it is shown
 as a part of `given` as well, the same losses on the same logits and maps that are streams of data in memory. All take
 turns within one process, with a fixed number of threads; shown are medians of the ratios of each turn, with quartiles.
-`--cpu` takes the processor's time in place of the wall clock's, for a machine that others use as well.
+With `--compile` all updates are compiled steps. `--cpu` takes the processor's time in place of the wall clock's, for a
+machine that others use as well.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ SHOWN = (
 """The ratios of updates that are shown."""
 
 
-def config_of(net: Net, case: str, folder: Path) -> dict[str, Any]:
+def config_of(net: Net, case: str, folder: Path, compiled: bool) -> dict[str, Any]:
     """The config of a case."""
     names = ["a", "b", "c", "d"] if case in ("four", "fused") else [] if case in ("alone", "given") else ["a"]
     cache = {"cache": {"where": str(folder / "caches")}}
@@ -68,13 +69,15 @@ def config_of(net: Net, case: str, folder: Path) -> dict[str, Any]:
         "name": case, "out": str(folder), "baseline": False, "data": {"use": "tensors", "validation": 0}, **config,
         "losses": losses,
         "train": {"updates": 10**6, "batch": net.batch, "lr": LR, "optimizer": {"use": "sgd", "momentum": 0.9}},
-        "runtime": {"device": "cpu", "threads": torch.get_num_threads(), "teacher_batching": "never"},
+        "runtime": {
+            "device": "cpu", "threads": torch.get_num_threads(), "teacher_batching": "never", "compile": compiled,
+        },
     }  # fmt: skip
 
 
-def prepared(task: Task, case: str, folder: Path) -> tuple[Prepared, Options]:
+def prepared(task: Task, case: str, folder: Path, *, compiled: bool = False) -> tuple[Prepared, Options]:
     """A case with its data and networks; teachers differ in their weights."""
-    config = config_of(task.net, case, folder)
+    config = config_of(task.net, case, folder, compiled)
     nets = {"student": task.net.student()}
     for number, name in enumerate(config["teachers"]):
         nets[name] = other(task.net.teacher(), number)
@@ -90,9 +93,9 @@ def prepared(task: Task, case: str, folder: Path) -> tuple[Prepared, Options]:
     return prepare(load_mapping(config), options), options
 
 
-def update_of(task: Task, case: str, folder: Path) -> Update:
+def update_of(task: Task, case: str, folder: Path, *, compiled: bool) -> Update:
     """One update of a case, its caches filled."""
-    found, options = prepared(task, case, folder)
+    found, options = prepared(task, case, folder, compiled=compiled)
     runtime = Runtime(found.spec.runtime)
     fill_caches(found, options, runtime)
     plan = build_plan(found, options, trained=True, device=runtime.device)
@@ -128,6 +131,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=64, help="batches of samples")
     parser.add_argument("--fills", type=int, default=5, help="measured fillings")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch")
+    parser.add_argument("--compile", action="store_true", help="compiled steps")
     parser.add_argument("--cpu", action="store_true", help="measure processor time")
     options = parser.parse_args()
     clock = time.process_time if options.cpu else time.perf_counter
@@ -138,7 +142,7 @@ def main() -> None:
     for name in options.net:
         task = make_task(NETS[name], "logits", options.batches)
         with tempfile.TemporaryDirectory() as folder:
-            updates = {case: update_of(task, case, Path(folder) / case) for case in CASES}
+            updates = {case: update_of(task, case, Path(folder) / case, compiled=options.compile) for case in CASES}
             found = in_turns(updates, options.rounds, clock, burst=task.net.burst)
             fills = [filling(task, Path(folder) / "filling", clock) for _ in range(options.fills + 1)][1:]
         ratios = [[a / b for a, b in zip(found[above], found[below], strict=True)] for above, below in SHOWN]

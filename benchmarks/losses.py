@@ -46,8 +46,9 @@ def usual_kd(student: Tensor, teachers: list[Tensor], label: Tensor) -> Tensor:
 
 
 def our_kd(student: Tensor, teachers: list[Tensor], label: Tensor) -> Tensor:
-    weights = [-math.log(len(teachers))] * len(teachers)
-    teacher = log_mixture(teachers, weights, TEMPERATURE) if len(teachers) > 1 else teachers[0]
+    teacher = teachers[0]
+    if len(teachers) > 1:
+        teacher = log_mixture(teachers, [-math.log(len(teachers))] * len(teachers), TEMPERATURE)
     return soft_divergence(student, teacher, TEMPERATURE).mean()
 
 
@@ -56,7 +57,8 @@ def usual_both(student: Tensor, teachers: list[Tensor], label: Tensor) -> Tensor
 
 
 def our_both(student: Tensor, teachers: list[Tensor], label: Tensor) -> Tensor:
-    if (found := cross_entropy_and_divergence(student, label, teachers[0], TEMPERATURE)) is None:
+    found = cross_entropy_and_divergence(student, label, teachers[0], TEMPERATURE, labelled=True)
+    if found is None:
         return our_ce(student, teachers, label) + our_kd(student, teachers, label)
     return found[0] + found[1].mean()
 

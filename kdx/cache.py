@@ -190,14 +190,18 @@ class Writer:
 
     def write(self, block: int, values: Mapping[str, Tensor]) -> None:
         """Write the answers for all rows of a block, field -> [rows, ...]. They count once `sync` has been called."""
+        encoded = (field.encode(name, values[name]) for name, field in self.meta.fields.items())
+        self.copy(block, {file: rows for files in encoded for file, rows in files.items()})
+
+    def copy(self, block: int, rows: Mapping[str, Tensor]) -> None:
+        """Write all rows of a block as another cache holds them, file -> [rows, ...]."""
         first, last = self.meta.span(block)
         sums: dict[str, int] = {}
-        for name, field in self.meta.fields.items():
-            for file, rows in field.encode(name, values[name]).items():
-                assert len(rows) == last - first
-                content = _bytes(rows.cpu())
-                os.pwrite(self._files[file], content, first * row_bytes(*self.meta.files[file]))
-                sums[file] = zlib.crc32(content)
+        for file, kind in self.meta.files.items():
+            assert len(rows[file]) == last - first
+            content = _bytes(rows[file].cpu())
+            os.pwrite(self._files[file], content, first * row_bytes(*kind))
+            sums[file] = zlib.crc32(content)
         self._done[block] = sums
         self._new.append(json.dumps({"block": block, "crc": sums}) + "\n")
 

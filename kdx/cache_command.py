@@ -39,7 +39,7 @@ def cache(options: argparse.Namespace) -> int:
     from kdx.cache_import import import_answers
     from kdx.cache_search import folders
     from kdx.config import given_text, load
-    from kdx.formats import size
+    from kdx.formats import counted, size
     from kdx.reach import base_of, upstream
     from kdx.runs import Options, carry_out, fill_caches, prepare
     from kdx.runtime import Runtime
@@ -66,11 +66,12 @@ def cache(options: argparse.Namespace) -> int:
         for name in (name for name in read if name in prepared.needs):
             with stopper:
                 carry_out(prepared.needs[name], how)
-        fill_caches(prepared, how, Runtime(prepared.spec.runtime))
+        with stopper:
+            fill_caches(prepared, how, Runtime(prepared.spec.runtime))
     for item, one in prepared.caches.items():
         for folder in folders(one, prepared.splits) or [one.folder]:
             meta = read_meta(folder)
-            text = "there is none yet" if meta is None else f"{size(meta.size())}, {meta.samples} samples"
+            text = "there is none yet" if meta is None else f"{size(meta.size())}, {counted(meta.samples, 'sample')}"
             out.print(f"{item}: {folder}: {text}", markup=False, highlight=False, soft_wrap=True)
     return 0
 

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from kdx.cache import BLOCK, Meta, Writer, fields_of
 from kdx.cache_key import Wanted
-from kdx.cache_search import note_samples, note_weights
+from kdx.cache_search import files_of, note_samples, note_weights, with_fewer_views
 from kdx.calls import Call, ModelCall, NodeCall, Values, execute
 from kdx.components import Dataset
 from kdx.data import Splits, View
 from kdx.errors import DataError, KdxError, PlanError
+from kdx.formats import counted
 from kdx.formats import size as size_text
 from kdx.guard import NAMED, guarded
 from kdx.loader import in_order
@@ -31,6 +32,7 @@ from kdx.presence import held as present_of
 from kdx.randomness import Randomness
 from kdx.recall import INPUTS, Recall, stored_of
 from kdx.runtime import Runtime
+from kdx.stopping import Stopped
 from kdx.storable import check_samples
 
 SYNC_BYTES = 64 << 20
@@ -104,10 +106,12 @@ def fill(
     console: Console,
     *,
     quiet: bool = False,
+    stop: Callable[[], bool] = lambda: False,
 ) -> None:
     """Fill caches from the teachers and targets of a plan. What an earlier process has finished is kept.
 
-    Raises `KdxError` where the disk has not the room, and `PlanError` for answers that no cache can hold.
+    Raises `KdxError` where the disk has not the room, `PlanError` for answers that no cache can hold, and `Stopped`
+    after the batch at which it is asked to stop; all whole blocks are stored then.
     """
     spec = plan.spec
     jobs = {one.item: Job(one, _chain(plan, one.item)) for one in wanted}
@@ -132,6 +136,9 @@ def fill(
             stack.callback(writers[one.item].close)
             note_samples(one.folder, splits.train.positions)
             note_weights(one.folder, one)
+            for line in _copied(one, writers[one.item], splits, stop):
+                if not quiet:
+                    console.print(line, markup=False, highlight=False, soft_wrap=True)
         total = sum(len(writer.missing(view)) for writer in writers.values() for view in range(writer.meta.views))
         bar = bars.Progress(
             bars.TextColumn("filling the cache"), bars.BarColumn(), bars.TaskProgressColumn(),
@@ -142,7 +149,39 @@ def fill(
             for block in {writer.meta.block for writer in writers.values()}:  # of an earlier process, they may differ
                 alike = {item: writer for item, writer in writers.items() if writer.meta.block == block}
                 for view in range(max(writer.meta.views for writer in alike.values())):
-                    _fill_view(view, alike, jobs, source, lambda: bar.advance(task))
+                    _fill_view(view, alike, jobs, source, lambda: bar.advance(task), stop)
+
+
+def _copied(one: Wanted, writer: Writer, splits: Splits, stop: Callable[[], bool]) -> Iterator[str]:
+    """Copy the views that a cache of the same answers holds, which has fewer of them, and tell of it. Raises `Stopped`
+    between two blocks when it is asked to stop.
+    """
+    meta = writer.meta
+    if not writer.missing(meta.views - 1) or (found := with_fewer_views(one, splits)) is None:
+        return
+    store, rows = found
+    views, files = min(store.meta.views, meta.views), files_of(store.meta, meta.fields)
+    needed = [[*writer.missing(view)] for view in range(views)]
+    if not any(needed) or any(store.meta.fields[name] != field for name, field in meta.fields.items()):
+        return
+    try:
+        store.verify(files)
+    except DataError:  # the run that reads it is told; this one computes all by itself
+        return
+    yield f"{one.item}: {counted(views, 'view')} of {meta.views} copied from {store.folder}"
+    for view, missing in enumerate(needed):
+        for block in missing:
+            _check_stop(stop, [one.item])
+            places = torch.tensor(meta.places(block))
+            writer.copy(block, store.rows(view * store.meta.samples + rows[places], files))
+        writer.sync()
+
+
+def _check_stop(stop: Callable[[], bool], items: Iterable[str]) -> None:
+    """Raise `Stopped` where a filling is asked to stop."""
+    if stop():
+        named = ", ".join(items)
+        raise Stopped(f"{named}: stopped while the cache was filled, what is stored is kept; start it again to go on")
 
 
 def _chain(plan: Plan, item: str, *, whole: bool = False) -> tuple[Call, ...]:
@@ -164,23 +203,32 @@ def _chain(plan: Plan, item: str, *, whole: bool = False) -> tuple[Call, ...]:
 
 
 def _fill_view(
-    view: int, writers: Mapping[str, Writer], jobs: Mapping[str, Job], source: Source, done: Callable[[], None]
+    view: int,
+    writers: Mapping[str, Writer],
+    jobs: Mapping[str, Job],
+    source: Source,
+    done: Callable[[], None],
+    stop: Callable[[], bool],
 ) -> None:
     """One pass over the samples of which a block is missing somewhere. The caches have blocks of one size."""
     needed = {item: writer.missing(view) for item, writer in writers.items() if view < writer.meta.views}
     meta = next(iter(writers.values())).meta
     blocks = sorted({block for missing in needed.values() for block in missing})
-    answers = _answers(view, [meta.places(block) for block in blocks], [jobs[item] for item in needed], source)
+    answers = _answers(view, [meta.places(block) for block in blocks], [jobs[item] for item in needed], source, stop)
     unsynced = 0
-    for block, found in zip(blocks, answers, strict=True):
-        for item, missing in needed.items():
-            if block in missing:
-                writers[item].write(block, found[item])
-                unsynced += sum(tensor.nbytes for tensor in found[item].values())
-                done()
-        if unsynced >= SYNC_BYTES:
-            unsynced = 0
-            _sync(writers)
+    try:
+        for block, found in zip(blocks, answers, strict=True):
+            for item, missing in needed.items():
+                if block in missing:
+                    writers[item].write(block, found[item])
+                    unsynced += sum(tensor.nbytes for tensor in found[item].values())
+                    done()
+            if unsynced >= SYNC_BYTES:
+                unsynced = 0
+                _sync(writers)
+    except Stopped:
+        _sync(writers)
+        raise
     _sync(writers)
 
 
@@ -191,12 +239,12 @@ def _sync(writers: Mapping[str, Writer]) -> None:
 
 @torch.no_grad()
 def _answers(
-    view: int, blocks: Sequence[range], jobs: Sequence[Job], source: Source
+    view: int, blocks: Sequence[range], jobs: Sequence[Job], source: Source, stop: Callable[[], bool]
 ) -> Iterator[dict[str, dict[str, Tensor]]]:
     """What is to be stored for each block of samples, on the CPU: teacher and view, or target -> field -> [rows, ...].
 
     Each batch has the size that it has in training, the last one of a block filled up, for a net may round differently
-    in batches of another size.
+    in batches of another size. Raises `Stopped` between two batches when it is asked to stop.
     """
     size = source.batch
     rows = [place for block in blocks for place in _filled_up(block, size, len(source.splits.train))]
@@ -208,6 +256,7 @@ def _answers(
     for block in blocks:
         parts: dict[str, dict[str, list[Tensor]]] = {job.wanted.item: {} for job in jobs}
         for _ in range(-(-len(block) // size)):
+            _check_stop(stop, [job.wanted.item for job in jobs])
             values = _run(next(batches), view, jobs, source)
             for job in jobs:
                 for name, answer in job.answers(values).items():
@@ -256,7 +305,7 @@ def _check_finite(job: Job, values: Values) -> None:
                 named = [str(sample) for sample in sorted(values["batch.index"][bad].tolist())]
                 more = ", ..." if len(named) > NAMED else ""
                 raise DataError(
-                    f"{job.wanted.where}: {key} is nan or inf for {len(named)} samples (batch.index "
+                    f"{job.wanted.where}: {key} is nan or inf for {counted(len(named), 'sample')} (batch.index "
                     f"{', '.join(named[:NAMED])}{more}), which no cache of a target may hold; expected finite numbers: "
                     "check weights, precision and dtype, or leave the cache out of the target"
                 )
@@ -304,8 +353,8 @@ def _check_room(wanted: Sequence[Wanted], metas: Mapping[str, Meta], console: Co
         size = meta.size()
         if not quiet:
             fields = ", ".join(one.fields)
-            text = (f"{one.item}: {size_text(size)} for {fields} of {meta.samples} samples, views: {meta.views}, "
-                    f"into {folder}")  # fmt: skip
+            samples = counted(meta.samples, "sample")
+            text = f"{one.item}: {size_text(size)} for {fields} of {samples}, views: {meta.views}, into {folder}"
             console.print(text, markup=False, highlight=False, soft_wrap=True)
         if size - have > free:
             raise KdxError(

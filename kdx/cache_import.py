@@ -16,6 +16,7 @@ from kdx.cache_key import Wanted
 from kdx.cache_search import note_samples
 from kdx.data import Splits
 from kdx.errors import DataError
+from kdx.formats import counted
 from kdx.identity import file_digest
 
 INDEX = "index"
@@ -95,10 +96,11 @@ def _places(index: Tensor | None, tensors: Mapping[str, Tensor], splits: Splits,
     found = torch.full((size,), -1, dtype=torch.int64)
     found[index] = torch.arange(len(index))
     if (again := len(index) - int((found >= 0).sum())) > 0:
-        raise DataError(f"{path}: the index names {again} samples more than once")
+        raise DataError(f"{path}: the index names {counted(again, 'sample')} more than once")
     missing = positions[found[positions] < 0]
     if len(missing):
-        raise DataError(f"{path}: {len(missing)} training samples have no row, the first is {int(missing[0])}")
+        without = counted(len(missing), "training sample")
+        raise DataError(f"{path}: it has no row for {without}, the first is {int(missing[0])}")
     return found[positions]
 
 

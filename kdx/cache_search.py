@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,25 @@ def lacking(wanted: Iterable[Wanted], splits: Splits) -> list[Wanted]:
         if missing and one.options.folder is None:
             found.append(one.only(missing))
     return found
+
+
+def with_fewer_views(one: Wanted, splits: Splits) -> tuple[Store, Tensor] | None:
+    """The complete cache that holds most of the views that another one is to be filled with, and the row of each sample
+    in a view of it; None where there is none.
+    """
+    positions, size = splits.train.positions, splits.facts.size
+    others = [
+        (meta.views, folder)
+        for folder, meta in _others(replace(one, views=1), positions)
+        if folder != one.folder and {*one.fields} <= {*meta.fields}
+    ]
+    for _, folder in sorted(others, reverse=True):
+        if (store := _whole(folder)) is not None:
+            held = _held(one, store.meta, folder, positions)
+            assert held is not None
+            rows = lookup(held, size)
+            return store, positions if rows is None else rows[positions]
+    return None
 
 
 def folders(one: Wanted, splits: Splits) -> list[Path]:

@@ -7,7 +7,7 @@ Keys are `owner.field` (`wide.mid`, `batch.label`, `tau.out`), the config path o
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +22,7 @@ from kdx.types import Batch
 
 Values = dict[str, Any]
 Key = str
+HALVES = (torch.float16, torch.bfloat16)
 
 
 class Borrowed:
@@ -123,6 +124,17 @@ class NodeCall:
     presence: Presence = ALWAYS
     among: tuple[Presence, ...] = ()
     by_mask: bool = False
+    _single: list[tuple[str, Key]] = field(init=False, repr=False, compare=False)
+    _several: list[tuple[str, tuple[Key, ...]]] = field(init=False, repr=False, compare=False)
+    _fixed: dict[str, Any] = field(init=False, repr=False, compare=False)
+    """The arguments that are a tensor, those that are a list, and those that are the same in every batch."""
+
+    def __post_init__(self) -> None:
+        given = self.arguments.items()
+        # Once and for all: no compiler follows a cached property.
+        object.__setattr__(self, "_single", [(name, key) for name, key in given if key and isinstance(key, str)])
+        object.__setattr__(self, "_several", [(name, key) for name, key in given if isinstance(key, tuple)])
+        object.__setattr__(self, "_fixed", {**self.parts, **{name: None for name, key in given if key is None}})
 
     @property
     def reads(self) -> tuple[Key, ...]:
@@ -141,9 +153,11 @@ class NodeCall:
 
     def inputs(self, values: Values) -> dict[str, Any]:
         """The arguments of `forward`."""
-        arguments: dict[str, Any] = dict(self.parts)
-        for name, key in self.arguments.items():
-            arguments[name] = [values[one] for one in key] if isinstance(key, tuple) else key and values[key]
+        arguments = {**self._fixed}
+        for name, key in self._single:
+            arguments[name] = values[key]
+        for name, keys in self._several:
+            arguments[name] = [values[one] for one in keys]
         if self.among:
             size = len(arguments[self.module.gaps][0])
             everyone = torch.ones(size, dtype=torch.bool, device=arguments[self.module.gaps][0].device)
@@ -163,7 +177,9 @@ class NodeCall:
         arguments = self.inputs(values)
         try:
             if self.kind == "losses":
-                arguments = {name: full_precision(value) for name, value in arguments.items()}
+                for name, value in arguments.items():
+                    if isinstance(value, list) or (isinstance(value, Tensor) and value.dtype in HALVES):
+                        arguments[name] = full_precision(value)
             if self.presence != ALWAYS and isinstance(self.module, Loss):
                 present = held(self.presence, values)
                 result: Any = over_present(self.module, arguments, present, by_mask=self.by_mask)
@@ -172,12 +188,12 @@ class NodeCall:
         except Exception as error:
             error.add_note(f"in {self.label}")
             raise
-        if isinstance(result, Mapping):
-            for key in self.gives:
-                if (name := key.rpartition(".")[2]) in result:
-                    values[key] = result[name]
-        else:
+        if isinstance(result, Tensor) or not isinstance(result, Mapping):
             values[self.gives[0]] = result
+            return
+        for key in self.gives:
+            if (name := key.rpartition(".")[2]) in result:
+                values[key] = result[name]
 
     def check(self, values: Values) -> None:
         """Raise `PluginError` for a result that no other call could read, as it came in the midst of training."""
@@ -186,8 +202,10 @@ class NodeCall:
             value = values.get(key)
             if not isinstance(value, Tensor):
                 raise PluginError(f"{self.label}: {key} is {type(value).__name__}, expected a tensor")
-            several = value.ndim > 1 and self.kind == "losses"
-            if several or (value.ndim and index is not None and len(value) != len(index)):
+            if not (ndim := value.ndim):
+                continue
+            several = ndim > 1 and self.kind == "losses"
+            if several or (index is not None and value.shape[0] != index.shape[0]):
                 wanted = "[B]" if self.kind == "losses" else "a tensor with the batch axis first"
                 raise PluginError(
                     f"{self.label}: {key} has shape {list(value.shape)} for "
@@ -196,6 +214,11 @@ class NodeCall:
 
 
 Call = ModelCall | NodeCall
+
+
+def settings_of(call: NodeCall) -> dict[str, Any]:
+    """What a call was made with, to make one of another class that runs the same node."""
+    return {item.name: getattr(call, item.name) for item in fields(NodeCall) if item.init}
 
 
 class StandIn(Protocol):
@@ -251,6 +274,6 @@ def full_precision(value: Any) -> Any:
     """A tensor or those of a list, in float32 where they have half of that."""
     if isinstance(value, list):
         return [full_precision(item) for item in value]
-    if isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16):
+    if isinstance(value, Tensor) and value.dtype in HALVES:
         return value.float()
     return value

@@ -1,9 +1,9 @@
-"""Shows what plugins there are, and one component with its options, inputs and knobs."""
+"""Shows what plugins there are, and one component with all that its section may say."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, Field, fields
 from typing import Any
 
@@ -12,9 +12,22 @@ from rich.table import Table
 from rich.text import Text
 
 from kdx.components import OPTIONAL, REQUIRED, Knob, Many, Node
+from kdx.data import SplitOptions
 from kdx.errors import PluginError, did_you_mean
 from kdx.options import type_text
 from kdx.plugins import KINDS, Entry, Registry
+from kdx.sections import ONLY, ModelOptions, NodeOptions
+
+_SECTIONS: dict[str, tuple[type[Any], tuple[str, ...]]] = {
+    "datasets": (SplitOptions, ("data",)),
+    "models": (ModelOptions, ("student", "teachers")),
+    "targets": (NodeOptions, ("targets",)),
+    "aligners": (NodeOptions, ("align",)),
+    "losses": (NodeOptions, ("losses",)),
+}
+"""What the engine reads of the sections that name a component of a kind, and these sections."""
+_OF_PARTS = ("teachers", "targets", "align", "losses")
+"""The sections whose keys are names that a person gives."""
 
 
 def plugin_table(registry: Registry) -> Table:
@@ -39,7 +52,9 @@ def plugin_table(registry: Registry) -> Table:
 
 
 def component_view(registry: Registry, name: str) -> Iterator[RenderableType]:
-    """What a component does, its options with types and defaults, its inputs and its knobs."""
+    """What a component does, its options with types and defaults, its inputs and its knobs, and what the engine reads
+    of its section whatever the component.
+    """
     entries = [entry for (_, known), entry in registry.entries.items() if known == name]
     if not entries:
         raise PluginError(
@@ -54,6 +69,9 @@ def component_view(registry: Registry, name: str) -> Iterator[RenderableType]:
             table.add_column(column, overflow="fold")
         for row in component_rows(entry):
             table.add_row(*row)
+        if entry.kind in _SECTIONS:
+            for path, kind, default in option_rows(*_SECTIONS[entry.kind]):
+                table.add_row("engine", path, kind, default)
         if table.row_count:
             yield table
 
@@ -74,6 +92,18 @@ def component_rows(entry: Entry) -> Iterator[tuple[str, str, str, str]]:
             )  # fmt: skip
     for item in fields(component.Config):
         yield "option", item.name, type_text(item.type), default_text(item)
+
+
+def option_rows(schema: type[Any], sections: Sequence[str]) -> Iterator[tuple[str, str, str]]:
+    """One row per option that the engine reads in some of these sections: path, type, default.
+
+    The path is that of the first of them, but for what parts of another one alone may say.
+    """
+    for item in fields(schema):
+        section = item.metadata.get(ONLY, sections[0])
+        if section in sections:
+            path = f"{section}.NAME." if section in _OF_PARTS else f"{section}." if section else ""
+            yield f"{path}{item.name}", type_text(item.type), default_text(item)
 
 
 def _input_default(spec: Any) -> str:

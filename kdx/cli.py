@@ -213,6 +213,7 @@ def _ablate(options: argparse.Namespace) -> int:
 
     from kdx.executors import carry_out_study
     from kdx.findings import of_study
+    from kdx.formats import counted
     from kdx.runs import Options
     from kdx.study import Outcome, plan_differences, plan_study, read_study
     from kdx.study_live import Board
@@ -225,8 +226,7 @@ def _ablate(options: argparse.Namespace) -> int:
     study = read_study(options.study)
     if options.seeds is not None:
         study = replace(study, seeds=tuple(seed for seed in _seeds(options.seeds) if seed is not None))
-    many = f"plans of {len(study.variants)} variants" if len(study.variants) > 1 else "plan of 1 variant"
-    notes.print(f"{study.name}: checking the {many}", markup=False, highlight=False)
+    notes.print(f"{study.name}: checking {counted(len(study.variants), 'plan')}", markup=False, highlight=False)
     trials, plans = plan_study(study, how, options.overrides)
     for warning in warnings(trials, study.reference):
         notes.print(warning, style="yellow", markup=False, highlight=False, soft_wrap=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 from kdx.class_choice import choose_classes, chosen_names
 from kdx.components import Dataset, Split
 from kdx.errors import ConfigError, DataError, KdxError, did_you_mean
+from kdx.formats import counted
 from kdx.randomness import seeded
 from kdx.types import Batch, DataFacts
 
@@ -176,9 +177,11 @@ def _held_out(options: SplitOptions, labels: Tensor | None, size: int) -> Tensor
         return held
     count = found if isinstance(found, int) else max(1, round(found * available))
     if count >= size:
-        raise ConfigError(f"data.validation: found {found}, but of {size} training samples at least one must be left")
+        whole = counted(size, "training sample")
+        raise ConfigError(f"data.validation: found {found}, but of {whole} at least one must be left")
     if count > available:
-        raise ConfigError(f"data.validation: found {found}, but only {available} training samples have a label")
+        labelled = counted(available, "training sample")
+        raise ConfigError(f"data.validation: found {found}, but there are labels for only {labelled}")
     held[_draw(labels, candidates, count, 0, seeded("validation", options.split_seed))] = True
     return held
 

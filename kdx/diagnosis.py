@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from kdx.calls import Call, Key, NodeCall, Values
 from kdx.errors import KdxError
+from kdx.formats import counted
 from kdx.guard import EVERY, NAMED
 from kdx.nonfinite import Fault, all_finite, finite_names
 from kdx.plan import Plan
@@ -112,7 +113,7 @@ def diagnose(session: Session, step: int) -> str:
             learner.train(was)
     bad = [name for name, own in zip(named, found, strict=True) if own is not None and not bool(own.isfinite().all())]
     if bad:
-        return f"computed again, all is finite but the gradients of {len(bad)} weights, as {bad[0]}"
+        return f"computed again, all is finite but the gradients of {counted(len(bad), 'weight')}, as {bad[0]}"
     return "computed again, all is finite: random numbers or the precision of the run decide"
 
 

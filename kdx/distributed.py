@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from kdx.errors import ConfigError, KdxError
 from kdx.group import Group
 from kdx.randomness import derive_seed
+from kdx.stopping import Stopped
 from kdx.types import Batch, Losses
 
 T = TypeVar("T")
@@ -34,6 +35,28 @@ def gather(x: Tensor) -> Tensor:
     The only call by which a plugin may reach other processes; all of them must make it.
     """
     return the_group().gather(x)
+
+
+def leave_out_exchange(metric: object) -> None:
+    """Let the metrics of torchmetrics that an object holds say nothing to other processes: each is given the answers of
+    all, which they would count once for every process.
+    """
+    waiting, seen = [metric], set[int]()
+    while waiting:
+        found: Any = waiting.pop()
+        if id(found) in seen:
+            continue
+        seen.add(id(found))
+        if hasattr(found, "sync_on_compute"):  # torchmetrics itself takes a second to import
+            found.sync_on_compute = found.dist_sync_on_step = found._to_sync = False
+        if isinstance(found, nn.Module):
+            waiting += found.children()
+        if isinstance(found, Mapping):
+            waiting += found.values()
+        elif isinstance(found, list | tuple):
+            waiting += found
+        elif found is metric:
+            waiting += vars(found).values()
 
 
 class Processes(Group):
@@ -205,10 +228,16 @@ class Processes(Group):
     @contextmanager
     def in_turn(self) -> Iterator[None]:
         if not self.leads:
-            self.wait()
-        yield
-        if self.leads:
-            self.wait()
+            if stopped := self.agreed(""):
+                raise Stopped(stopped)
+            yield
+            return
+        try:
+            yield
+        except Stopped as reason:  # the others, who wait, would else go through the block
+            self.agreed(str(reason))
+            raise
+        self.agreed("")
 
     def _layout(self, count: int, parts: int) -> Iterator[tuple[int, tuple[int, ...]]]:
         """For each micro-batch of a batch its first sample, and how many of its samples each process has."""

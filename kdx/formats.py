@@ -27,6 +27,11 @@ def whole(value: int | None) -> str:
     return NONE if value is None else f"{value:,}"
 
 
+def counted(value: int, noun: str, plural: str | None = None) -> str:
+    """How many there are of something: 1 sample, 2 samples, 1,024 samples."""
+    return f"{whole(value)} {noun if value == 1 else plural or f'{noun}s'}"
+
+
 def count(value: int | None) -> str:
     """A large count with four digits and its unit: 11.17 M."""
     return NONE if value is None else _scaled(value, "").rstrip()

@@ -109,7 +109,7 @@ class Group:
 
     @contextmanager
     def in_turn(self) -> Iterator[None]:
-        """The first process goes through the block before the others do."""
+        """The first process goes through the block before the others do; if it raises `Stopped`, so do they."""
         yield
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kdx.calls import Call, Key, ModelCall, Values
 from kdx.errors import KdxError, PlanError
+from kdx.formats import counted
 from kdx.presence import ALWAYS, blank, held
 from kdx.taps import LOGITS
 from kdx.types import Batch, Shape
@@ -169,9 +170,9 @@ class Guard:
                     else "or leave such answers out with `on_bad_teacher: drop`"
                 )
                 raise KdxError(
-                    f"teachers.{self.names[place]}: it gave nan or inf for {count} samples, first in update {step} "
-                    f"(batch.index {', '.join(named[:NAMED])}{more}); expected finite numbers: check its weights and "
-                    f"its precision, {advice}"
+                    f"teachers.{self.names[place]}: it gave nan or inf for {counted(count, 'sample')}, first in update "
+                    f"{step} (batch.index {', '.join(named[:NAMED])}{more}); expected finite numbers: check its "
+                    f"weights and its precision, {advice}"
                 )
 
     def dropped(self) -> dict[str, int]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import cast
 
 from kdx.builtin.losses import CrossEntropy
-from kdx.calls import NodeCall, Values, full_precision
+from kdx.calls import NodeCall, Values, full_precision, settings_of
 from kdx.components import Loss
-from kdx.fused import cross_entropy_and_divergence, goes_whole
+from kdx.fused import cross_entropy_and_divergence, is_small
 from kdx.plan import Plan
 from kdx.presence import ALWAYS
 
@@ -19,7 +20,7 @@ class JointCall(NodeCall):
     labels: NodeCall
 
     def run(self, values: Values) -> None:
-        if goes_whole(values[str(self.arguments["student"])]) or not self._run_joint(values):
+        if is_small(values[str(self.arguments["student"])]) or not self._run_joint(values):
             self.labels.run(values)
             super().run(values)
 
@@ -27,9 +28,11 @@ class JointCall(NodeCall):
         """Leave both terms in `values`, or say that there is no joint way for them."""
         soft = {name: full_precision(value) for name, value in self.inputs(values).items()}
         label = self.labels.inputs(values)["label"]
-        smoothing = self.labels.module.config.label_smoothing
+        own = cast(CrossEntropy, self.labels.module)
         try:
-            found = cross_entropy_and_divergence(**soft, label=label, label_smoothing=smoothing)
+            found = cross_entropy_and_divergence(
+                **soft, label=label, label_smoothing=own.config.label_smoothing, labelled=own.labelled
+            )
         except Exception as error:
             error.add_note(f"in {self.labels.label} and {self.label}")
             raise
@@ -56,8 +59,7 @@ def joined(plan: Plan) -> tuple[NodeCall, ...]:
                 and _is_divergence(soft.module)
                 and labels.arguments["student"] == soft.arguments["student"]
             ):
-                own = {item.name: getattr(soft, item.name) for item in fields(soft)}
-                joint = JointCall(**own, labels=labels)
+                joint = JointCall(**settings_of(soft), labels=labels)
                 return tuple(joint if call is soft else call for call in calls if call is not labels)
     return calls
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kdx.calls import ModelCall
 from kdx.errors import KdxError
+from kdx.formats import counted
 from kdx.formats import size as bytes_text
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def advice(session: Session, doing: str) -> list[str]:
     size = _at_once(session)
     found = []
     if size > 1:
-        found.append(f"train.micro_batch (now {size} samples at once; auto tries what fits)")
+        found.append(f"train.micro_batch (now {counted(size, 'sample')} at once; auto tries what fits)")
     for name, _ in sorted(_teachers(session).items(), key=lambda item: -item[1]):
         if session.runtime.device.type != "cpu" and spec.models[name].engine.offload is None:
             found.append(f"teachers.{name}.offload: cpu")
@@ -97,10 +98,11 @@ def _rest(session: Session, doing: str) -> str:
     """What the batch at hand takes."""
     count = _at_once(session) if doing == TRAINING else session.spec.runtime.eval_batch
     if session.runtime.device.type != "cuda":
-        return f"the activations of {count} samples"
+        return f"the activations of {counted(count, 'sample')}"
     used = torch.cuda.max_memory_allocated(session.runtime.device) - sum(parts(session).values())
     total = torch.cuda.get_device_properties(session.runtime.device).total_memory
-    return f"{bytes_text(max(used, 0))} for the activations of {count} samples, of {bytes_text(total)} in all"
+    samples = counted(count, "sample")
+    return f"{bytes_text(max(used, 0))} for the activations of {samples}, of {bytes_text(total)} in all"
 
 
 def _at_once(session: Session) -> int:

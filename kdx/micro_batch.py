@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from kdx.calls import NodeCall
 from kdx.errors import ConfigError, KdxError
+from kdx.formats import counted
 from kdx.memory import TRAINING, is_out_of_memory, out_of_memory
 from kdx.modules import generators
 from kdx.probe import without_trace
@@ -44,7 +45,7 @@ def fit(session: Session, known: int | None) -> tuple[str, ...]:
     if session.accumulate == 1:
         return ()
     count = session.accumulate
-    line = f"train.micro_batch: {batch // count} samples at once, {count} times for an update"
+    line = f"train.micro_batch: {counted(batch // count, 'sample')} at once, {count} times for an update"
     apart = sees_the_batch(session)
     return (
         line,

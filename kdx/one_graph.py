@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -18,6 +19,21 @@ from kdx.types import Batch, Losses
 Gradients = Sequence[Tensor | None]
 
 
+def compiler_of(device: torch.device) -> dict[str, Any]:
+    """What to tell `torch.compile` for a device.
+
+    The layout is what `runtime.channels_last` says: that which the compiler would choose on a CPU is slower there.
+    Graphs of one learner leave those of others alone: torch keeps eight of a function and then compiles no more. They
+    are for sizes that are known; torch would leave those open that it has seen to differ, be it in another learner.
+    """
+    how: dict[str, Any] = {"dynamic": False}
+    if device.type == "cpu":
+        how["options"] = {"layout_optimization": False}
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:  # not in torch 2.11
+        how["isolate_recompiles"] = True
+    return how
+
+
 def can_be_one() -> bool:
     """Whether this torch follows a gradient that is asked for within a compiled function."""
     return hasattr(torch._dynamo.config, "trace_autograd_ops")
@@ -31,10 +47,10 @@ class OneGraph:
     end, the learner runs as it does by itself, with a graph that gradients are asked of.
     """
 
-    def __init__(self, learner: nn.Module, options: Mapping[str, Any]) -> None:
+    def __init__(self, learner: nn.Module, compiler: Mapping[str, Any]) -> None:
         self._learner = learner
         self._weights = [weight for weight in learner.parameters() if weight.requires_grad]
-        self._both: Any = torch.compile(self._passes, fullgraph=True, options=dict(options))
+        self._both: Any = torch.compile(self._passes, fullgraph=True, **compiler)
         self._known = False
         self._held: tuple[Losses, Gradients] | None = None
 

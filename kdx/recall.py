@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from kdx.cache import Field, Store
-from kdx.calls import Key, ModelCall, NodeCall, Values
+from kdx.calls import Key, ModelCall, NodeCall, Values, settings_of
 from kdx.errors import DataError, KdxError
 from kdx.taps import Tapped
 from kdx.types import Batch, Shape
@@ -189,9 +189,8 @@ class RecallTarget(NodeCall):
 
 def recalled(call: NodeCall, stored: Stored) -> RecallTarget:
     """The target with its stored answers in place of what it would compute."""
-    own = {item.name: getattr(call, item.name) for item in fields(NodeCall)}
     gives = tuple(f"{call.name}.{field}" for field in stored.fields)
-    return RecallTarget(**{**own, "gives": gives}, stored=stored)
+    return RecallTarget(**{**settings_of(call), "gives": gives}, stored=stored)
 
 
 def stored_of(calls: Iterable[object]) -> tuple[Stored, ...]:

@@ -15,11 +15,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from kdx.catalogue import component_rows, default_text
+from kdx.catalogue import component_rows, default_text, option_rows
 from kdx.components import OPTIONAL, REQUIRED, Given, Many, Node
 from kdx.data import SplitOptions
 from kdx.errors import KdxError, PluginError
-from kdx.options import type_text
 from kdx.plugins import KINDS, Entry, Registry, discover
 from kdx.sections import ModelOptions, NodeOptions, RootOptions, RuntimeOptions, TrainOptions
 from kdx.spec import METRICS, OPTIMIZER, UPDATER
@@ -53,12 +52,12 @@ TEACHERS = 2
 _OPTION = re.compile(r"[a-z_][a-z0-9_]*(?:, [a-z_][a-z0-9_]*)*: ")
 """A line of a docstring that explains options."""
 _SECTIONS = (
-    ("Sections", "", RootOptions),
-    ("`data`, whatever the data set", "data.", SplitOptions),
-    ("`student` and each of `teachers`, whatever the component", "student.", ModelOptions),
-    ("Each of `targets`, `align` and `losses`, whatever the component", "losses.NAME.", NodeOptions),
-    ("`train`", "train.", TrainOptions),
-    ("`runtime`", "runtime.", RuntimeOptions),
+    ("Sections", ("",), RootOptions),
+    ("`data`, whatever the data set", ("data",), SplitOptions),
+    ("`student` and each of `teachers`, whatever the component", ("student", "teachers"), ModelOptions),
+    ("Each of `targets`, `align` and `losses`, whatever the component", ("losses", "targets"), NodeOptions),
+    ("`train`", ("train",), TrainOptions),
+    ("`runtime`", ("runtime",), RuntimeOptions),
 )
 _HELD = {"train.optimizer": OPTIMIZER, "train.updater": UPDATER, "metrics": METRICS}
 
@@ -66,14 +65,10 @@ _HELD = {"train.optimizer": OPTIMIZER, "train.updater": UPDATER, "metrics": METR
 def config_page() -> str:
     """The reference of the config: every section with its options, types and defaults."""
     lines = [_NOTE, "# Config reference", "", _CONFIG_INTRODUCTION, ""]
-    for title, prefix, schema in _SECTIONS:
+    for title, sections, schema in _SECTIONS:
         lines += [f"## {title}", "", _paragraphs(schema), "", "| option | type | default |", "|---|---|---|"]
-        for item in fields(schema):
-            key = f"{prefix}{item.name}"
-            held = _HELD.get(key)
-            lines.append(
-                f"| `{key}` | {_cell(type_text(item.type))} | {_cell(str(held) if held else default_text(item))} |"
-            )
+        for key, kind, default in option_rows(schema, sections):
+            lines.append(f"| `{key}` | {_cell(kind)} | {_cell(str(_HELD.get(key, default)))} |")
         lines.append("")
     return "\n".join(lines)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from kdx.formats import number, percent, whole
+from kdx.formats import counted, number, percent, whole
 from kdx.history import EvalLine, History
 from kdx.markdown import code, inline, table
 from kdx.result import Metrics, Result
@@ -46,7 +46,7 @@ def skipped_section(result: Result) -> list[str]:
     """How many updates were left out of training."""
     if not result.skipped:
         return []
-    count = "1 update was" if result.skipped == 1 else f"{whole(result.skipped)} updates were"
+    count = counted(result.skipped, "update was", "updates were")
     return ["## Updates left out", f"{count} left out, because a loss or a gradient was nan or inf."]
 
 

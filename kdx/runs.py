@@ -28,7 +28,7 @@ from kdx.derive import expand_runs, plain_config, with_networks
 from kdx.distributed import the_group
 from kdx.errors import CheckpointError, ConfigError
 from kdx.files import full_disk_is_said, remove_folder, write_text
-from kdx.garbage import as_usual
+from kdx.garbage import as_usual, set_aside
 from kdx.identity import environment, run_hash
 from kdx.locks import locked
 from kdx.loop import Session, Watchers, make_session, training
@@ -197,13 +197,15 @@ def fill_caches(prepared: Prepared, options: Options, runtime: Runtime) -> None:
             if lacking_for(*needed) != missing:  # another process has just filled some of it
                 continue
             plan = build_plan(prepared, options, trained=True, device=runtime.device)
-            fill(plan, missing, prepared.dataset, prepared.splits, runtime, options.console, quiet=options.quiet)
+            fill(plan, missing, prepared.dataset, prepared.splits, runtime, options.console,
+                 quiet=options.quiet, stop=options.stop)  # fmt: skip
 
 
 def carry_out(prepared: Prepared, options: Options) -> Result:
     """Train what is missing and give the result: first the runs that this one needs, then the plain student, then
     this one. A finished run with the same hash is taken as it is; a half-finished one goes on.
     """
+    set_aside()
     for one, how in family(prepared, options):  # whatever can be refused is refused before anything trains
         if options.fresh or not finished(one):
             check_run(one, how)
@@ -337,13 +339,13 @@ def _train(prepared: Prepared, options: Options) -> Generator[None, None, Result
         hook("kdx_run_start")(info)
         try:
             if session.step < session.steps:
-                as_usual()
                 watchers = Watchers(
                     hook("kdx_step_end"), hook("kdx_eval_end"), saver.improved, saver.save, stop, saver.is_due
                 )
-                for _ in training(session, watchers):
-                    with worked.paused():
-                        yield
+                with as_usual():
+                    for _ in training(session, watchers):
+                        with worked.paused():
+                            yield
         finally:
             hook("kdx_run_end")(info)
     if session.step < session.steps:

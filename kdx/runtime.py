@@ -16,7 +16,7 @@ from kdx.devices import DTYPES, check_precision
 from kdx.distributed import the_group
 from kdx.errors import ConfigError, PluginError
 from kdx.nonfinite import Faults
-from kdx.one_graph import OneGraph, can_be_one
+from kdx.one_graph import OneGraph, can_be_one, compiler_of
 from kdx.optim import bare_step
 from kdx.parallel import Parallel, pick_own_device
 from kdx.sections import RuntimeOptions
@@ -48,8 +48,6 @@ class Runtime(Engine):
         self._parallel = Parallel(self.group, options.parallel)
         self._stepped = self._lazy = False
         self.faults = Faults(self.device, self.group.average if self.group.size > 1 else None)
-        # The layout is what `channels_last` says; what the compiler would choose is slower on a CPU.
-        self._compiler = {"layout_optimization": False} if self.device.type == "cpu" else {}
         if options.threads is not None:
             torch.set_num_threads(options.threads)
 
@@ -70,7 +68,7 @@ class Runtime(Engine):
         self._lazy = not by_hand
         alone = self.group.size == 1 and not self._scaler.is_enabled()
         if self.options.compile and by_total and alone and can_be_one():
-            self._graph = OneGraph(learner, self._compiler)
+            self._graph = OneGraph(learner, compiler_of(self.device))
             return self._graph
         return self._parallel.join(learner, by_hand, lent)
 
@@ -106,7 +104,7 @@ class Runtime(Engine):
         if self.options.channels_last:
             module.to(memory_format=torch.channels_last)
         if self.options.compile:
-            module.compile(options=self._compiler)
+            module.compile(**compiler_of(self.device))
 
     def move(self, batch: Batch) -> Batch:
         """A batch on the device.

@@ -117,9 +117,9 @@ class ModelOptions:
     The rest is for frozen teachers, and says how one computes: on a `device` of its own; with `offload: cpu` its
     weights lie in main memory and are on the device only while it runs, so that teachers take turns there; in a
     `precision` of its own, which is otherwise that of the run, or fp32 on another kind of device than the run's; by
-    a `backend` (eager, folded, cuda_graph, compile, onnxruntime, openvino), where auto takes the fastest. With `cache` its
-    answers are stored once and read in place of it. With `shard` its weights are spread over the processes of a run;
-    on one process that changes nothing.
+    a `backend` (eager, folded, cuda_graph, compile, onnxruntime, openvino), where auto takes the fastest. With `cache`
+    its answers are stored once and read in place of it. With `shard` its weights are spread over the processes of a
+    run; on one process that changes nothing.
     """
 
     input: Any = None

@@ -14,7 +14,7 @@ from kdx.optim import read_optimizer
 from kdx.options import plain_options, read_options
 from kdx.plugins import Entry, Registry
 from kdx.ranges import AUTO, check_model, check_names, check_ranges, split_measured, with_parts
-from kdx.sections import ModelOptions, NodeOptions, RootOptions, RuntimeOptions, TrainOptions
+from kdx.sections import ModelOptions, NodeOptions, RootOptions, RuntimeOptions, TrainOptions, options_of
 from kdx.types import Clock
 
 KnobSpec = float | Schedule | str
@@ -280,9 +280,8 @@ def _model(name: str, options: Any, where: str, registry: Registry) -> ModelSpec
     known = {item.name for item in fields(entry.component.Config)}
     for key in options:
         if key not in known:
-            raise ConfigError(
-                f"{where}.{key}: {use} has no such option; {did_you_mean(key, known | own, what='options')}"
-            )
+            choices = known | {item.name for item in options_of(ModelOptions, where.partition(".")[0])}
+            raise ConfigError(f"{where}.{key}: {use} has no such option; {did_you_mean(key, choices, what='options')}")
     who = f" ({use}, plugin {entry.plugin.name})"
     return ModelSpec(name, where, entry, read_options(entry.component.Config, options, where, who), engine)
 
@@ -308,8 +307,9 @@ def _node(section: str, name: str, options: Any, registry: Registry) -> NodeSpec
     known = {item.name for item in fields(component.Config)}
     for key in rest:
         if key not in known:
-            choices = known | set(knobs) | own | {"inputs", *(["source", "like"] if section == "align" else [])}
-            choices -= {"cache"} if section != "targets" else set()
+            engine_reads = {item.name for item in options_of(NodeOptions, section)}
+            ends = {"source", "like"} if section == "align" else set()
+            choices = known | set(knobs) | engine_reads | ends | {"inputs"}
             raise ConfigError(
                 f"{where}.{key}: {use} (plugin {entry.plugin.name}) has no such option; "
                 f"{did_you_mean(key, choices, what='options')}"

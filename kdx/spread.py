@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from kdx.calls import Call, Key, ModelCall, NodeCall, Values
+from kdx.calls import Call, Key, ModelCall, NodeCall, Values, settings_of
 from kdx.components import Node
 from kdx.distributed import Processes
 from kdx.errors import KdxError
@@ -108,7 +108,7 @@ def says_separable(component: type[Node]) -> bool:
 
 def _whole(call: NodeCall, group: Group) -> WholeCall:
     draws = any("Drop" in type(part).__name__ for part in call.module.modules())
-    return WholeCall(**{item.name: getattr(call, item.name) for item in fields(call)}, group=group, draws=draws)
+    return WholeCall(**settings_of(call), group=group, draws=draws)
 
 
 @torch.no_grad()

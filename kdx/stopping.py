@@ -36,4 +36,5 @@ class Stopper:
         if self._asked:
             raise KeyboardInterrupt
         self._asked = True
-        self._console.print("stopping after this update; once more stops at once", style="yellow")
+        text = "stopping after this update, or this batch of a cache; once more stops at once"
+        self._console.print(text, style="yellow")

@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from kdx.formats import NONE, duration
+from kdx.formats import NONE, counted, duration
 from kdx.report import table_with
 from kdx.study import Outcome, Study
 from kdx.study_table import Line, best_line, progress_line, said_of, written
@@ -91,7 +91,7 @@ def board_table(
 
 def _state(study: Study, outcomes: Sequence[Outcome], spent: float, left: float | None) -> str:
     total = len(study.seeds) * len(study.variants)
-    parts = [f"{study.name}: {len(outcomes)} of {total} trials", f"{duration(spent)} spent"]
+    parts = [f"{study.name}: {len(outcomes)} of {counted(total, 'trial')}", f"{duration(spent)} spent"]
     if left is not None:
         parts.append(f"about {duration(left)} left")
     return ", ".join(parts)

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from kdx.findings import Findings
-from kdx.formats import NONE, count, duration, percent
+from kdx.formats import NONE, count, counted, duration, percent
 from kdx.markdown import code, inline, table
 from kdx.statistics import Spread
 from kdx.study import Outcome
@@ -39,14 +39,15 @@ def study_cards(findings: Findings, lines: Sequence[Line]) -> list[tuple[str, st
     """The figures at the top of the page: (label, value, note)."""
     cards = []
     if (best := best_line(lines)) is not None and best.best is not None:
-        cards.append(("highest test accuracy", percent(best.best.mean), f"{best.variant}, {_seeds(best.seeds)}"))
+        whose = f"{best.variant}, {counted(best.seeds, 'seed')}"
+        cards.append(("highest test accuracy", percent(best.best.mean), whose))
     gains = [line for line in lines if line.gain_best is not None]
     if top := max(gains, key=lambda line: line.gain_best.mean if line.gain_best else 0, default=None):
         assert top.gain_best is not None
         cards.append(("largest gain over plain", f"{100 * top.gain_best.mean:+.2f} points", _interval_note(top)))
     done = [outcome for outcome in findings.outcomes if outcome.result is not None]
     failed = len(findings.outcomes) - len(done)
-    cards.append(("trials", str(len(done)), f"of {len(lines)} variants; {failed or 'none'} failed"))
+    cards.append(("trials", str(len(done)), f"of {counted(len(lines), 'variant')}; {failed or 'none'} failed"))
     spent = sum(outcome.result.seconds.total for outcome in done if outcome.result is not None)
     cards.append(("training time", duration(spent), "without teachers that are runs and plain students"))
     return cards
@@ -172,14 +173,10 @@ def _ends(interval: tuple[float, float]) -> str:
 def _interval_note(line: Line) -> str:
     found = line.gain_best
     if found is None or found.interval is None:
-        return f"{line.variant}, {_seeds(line.seeds)}"
+        return f"{line.variant}, {counted(line.seeds, 'seed')}"
     low, high = found.interval
-    return f"{line.variant}; {100 * low:+.2f} to {100 * high:+.2f} over {_seeds(line.seeds)}"
+    return f"{line.variant}; {100 * low:+.2f} to {100 * high:+.2f} over {counted(line.seeds, 'seed')}"
 
 
 def _holds_zero(found: Spread | None) -> bool:
     return found is not None and found.interval is not None and found.interval[0] <= 0 <= found.interval[1]
-
-
-def _seeds(number: int) -> str:
-    return f"{number} seed{'s' if number != 1 else ''}"

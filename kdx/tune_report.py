@@ -14,7 +14,7 @@ from typing import Any
 from kdx.config import absolute_paths, load, parse_override, to_yaml
 from kdx.files import write_text
 from kdx.findings import relative
-from kdx.formats import NONE, duration
+from kdx.formats import NONE, counted, duration
 from kdx.history import FILE
 from kdx.markdown import inline
 from kdx.markdown import table as markdown_table
@@ -150,7 +150,7 @@ def _trials(search: Search, ground: Ground, trials: Sequence[Found]) -> str:
     ]
     text = markdown_table([inline(head) for head in heads], [[inline(cell) for cell in row] for row in rows])
     beaten = sum(one.state == "pruned" for one in trials)
-    notes = [f"{beaten} trials were given up before their end."] if beaten else []
+    notes = [f"{counted(beaten, 'trial')} given up before the end."] if beaten else []
     notes += [f"Trial {one.number} failed: {inline(one.reason)}" for one in trials if one.state == "failed"]
     return text + "".join(f"\n\n- {note}" for note in notes)
 

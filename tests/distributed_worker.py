@@ -16,16 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mixed_run import MIXED, pictures
 from small_run import DISTIL, PLAIN, STATEFUL, Seen, config_of, quiet, run_in
 from torch import Tensor
 
 import kdx
+from kdx.calls import ModelCall
 from kdx.config import load_mapping
 from kdx.distributed import Processes, the_group
-from kdx.loop import Session, make_session
+from kdx.loop import Session, evaluate, make_session
 from kdx.plugins import Registry, discover
 from kdx.resume import training_state
-from kdx.runs import Stopped, build_plan, carry_out, prepare
+from kdx.runs import Options, Stopped, build_plan, carry_out, prepare
 from kdx.runtime import Runtime
 
 PLUGIN = Path(__file__).parent / "spread_plugin.py"
@@ -81,9 +83,9 @@ def registry() -> Registry:
     return discover(OURS["plugins"])
 
 
-def ready(*layers: Mapping[str, Any]) -> Session:
+def ready(*layers: Mapping[str, Any], options: Options | None = None) -> Session:
     """A session that is ready to train, without a folder."""
-    found = prepare(load_mapping(config_of(*layers)), quiet(), registry=registry())
+    found = prepare(load_mapping(config_of(*layers)), options or quiet(), registry=registry())
     with torch.random.fork_rng():
         torch.manual_seed(0)
         runtime = Runtime(found.spec.runtime)
@@ -128,6 +130,11 @@ def main(folder: Path) -> None:
         "fsdp": refusal(folder, DISTIL, {"train": {"updater": {"use": "pcgrad"}}}, fsdp),
     }
     told["fault"] = fault(group, here)
+    told["metrics"] = counted(here)
+    told["mixtures"] = mixtures(here)
+    told["unfilled"] = unfilled(folder / "unfilled", here)
+    for name, cache in (("live", None), ("stored", True)):
+        run_in(folder / f"mixed_{name}", MIXED, here, {"teachers": {"wide": {"cache": cache}}}, data=pictures())
     path = folder / f"told{group.rank}.json"
     path.write_text(json.dumps(told))
 
@@ -188,6 +195,43 @@ def fault(group: Processes, here: Mapping[str, Any]) -> str:
     except kdx.KdxError as error:
         return str(error)
     raise AssertionError("nothing was found")
+
+
+def counted(here: Mapping[str, Any]) -> dict[str, float]:
+    """What a metric of torchmetrics finds on the test split."""
+    session = ready(DISTIL, OURS, here, {"metrics": {"own": {"use": "counted"}}})
+    return evaluate(session, session.splits.test, session.student.answer).numbers
+
+
+def mixtures(here: Mapping[str, Any]) -> float:
+    """How far `mixed_answers` is from mixing by hand what the teacher says of a sample and of its partner, which is the
+    one before it among those of the same process: 6 on one process, 5 on the other.
+    """
+    session = ready(MIXED, here, {"train": {"batch": 11}}, options=quiet(data=pictures()))
+    batch = session.feed.at(0)
+    for part, _, _ in session.runtime.group.parts(batch, 1):
+        kept = session.teachers(part, session.knobs.at(session.clock))
+        assert torch.equal(part["mix_partner@mixed"], part["index"].roll(1))
+        (teacher,) = (call for call in session.plan.teacher_calls if isinstance(call, ModelCall))
+        values = {f"batch.{name}": value for name, value in part.items()}
+        with torch.no_grad():
+            teacher.run(values)
+        softened, share = (values["wide.logits"] / 2).softmax(1), part["mix_share@mixed"].unsqueeze(1)
+        expected = share * softened + (1 - share) * softened.roll(1, 0)
+        apart = ((kept["both.logits"] / 2).softmax(1) - expected).abs().max().item()
+    return apart
+
+
+def unfilled(folder: Path, here: Mapping[str, Any]) -> str:
+    """What a process says where the first one is asked to stop while it fills a cache."""
+    options = quiet(stop=lambda: the_group().leads)
+    cached = {"data": {"flip": False}, "teachers": {"wide": {"cache": True}}, "out": str(folder)}
+    prepared = prepare(load_mapping(config_of(DISTIL, here, cached)), options)
+    try:
+        carry_out(prepared, options)
+    except Stopped as reason:
+        return str(reason)
+    raise AssertionError("the filling did not stop")
 
 
 def refusal(folder: Path, *layers: Mapping[str, Any]) -> str:

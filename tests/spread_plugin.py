@@ -1,4 +1,6 @@
-"""A plugin for tests with several processes: losses that use `kdx.gather`, remember, die, or leave weights out."""
+"""A plugin for tests with several processes: losses that use `kdx.gather`, remember, die, or leave weights out, and a
+metric of torchmetrics as anybody would write one.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchmetrics import CatMetric, MetricCollection, MinMaxMetric, SumMetric
 
 import kdx
 
@@ -65,6 +68,37 @@ class Deadly(kdx.Loss):
 
     def forward(self, student: Tensor) -> Tensor:
         return student.square().mean(1) * 0.1
+
+
+class Counted(kdx.Metric):
+    """How many samples there were, counted in several ways."""
+
+    name = "counted"
+
+    def __init__(self, config: object, facts: kdx.DataFacts, device: torch.device) -> None:
+        super().__init__(config, facts, device)
+        self.total = SumMetric().to(device)
+        self.others = {"rows": [CatMetric().to(device)], "extremes": MinMaxMetric(SumMetric()).to(device)}
+        self.collection = MetricCollection({"sum": SumMetric(dist_sync_on_step=True)}).to(device)
+
+    def update(self, logits: Tensor, label: Tensor) -> None:  # type: ignore[override]
+        self.total.update(len(label))
+        self.others["rows"][0].update(label)
+        self.others["extremes"].update(len(label))
+        self.collection(len(label))
+
+    def compute(self) -> dict[str, float]:
+        return {
+            "counted": float(self.total.compute()),
+            "rows": float(len(self.others["rows"][0].compute())),
+            "extreme": float(self.others["extremes"].compute()["raw"]),
+            "collected": float(self.collection.compute()["sum"]),
+        }
+
+
+@kdx.hookimpl
+def kdx_metrics() -> list[type[kdx.Metric]]:
+    return [Counted]
 
 
 @kdx.hookimpl

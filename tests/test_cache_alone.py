@@ -231,10 +231,10 @@ def write_wrong(path: Path, kind: str) -> list[str]:
         ("short", "logits has 40 rows, expected 48"),
         ("nan", "row 7 of logits holds nan or inf"),
         ("integers", "expected floats"),
-        ("twice", "names 1 samples more than once"),
+        ("twice", "names 1 sample more than once"),
         ("outside", "the index goes from 1 to 48, expected 0 to 47"),
         ("floats", "expected whole numbers"),
-        ("few", "training samples have no row"),
+        ("few", "it has no row for"),
         ("answers", "found an index of torch.float32 [48, 3], expected whole numbers [N]"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -46,10 +47,10 @@ class Tired(nn.Module):
         return self.head(images.flatten(1))
 
 
-def tired_run(out: Path, **options: Any) -> Prepared:
+def tired_run(out: Path, views: int = 3, **options: Any) -> Prepared:
     torch.manual_seed(0)
     how = quiet(networks={"wide": Tired()}, **options)
-    found = prepared(DISTIL, LOGITS, CACHED, {"data": {"views": 3}, "out": str(out)}, options=how)
+    found = prepared(DISTIL, LOGITS, CACHED, {"data": {"views": views}, "out": str(out)}, options=how)
     carry_out(found, how)
     return found
 
@@ -72,6 +73,20 @@ def test_views_that_were_stored_before_a_stop_are_not_computed_again(tmp_path: P
     assert len(Tired.seen) < everything
     mine, own = weights_of(whole.folder), weights_of(again.folder)
     assert all(torch.equal(mine[name], own[name]) for name in mine)
+
+
+def test_a_cache_of_fewer_views_leaves_just_the_others_to_the_teacher(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(Tired, "left", 10**6)
+    counts = []
+    for out, views in (("alone", 3), ("alone", 3), ("grown", 2), ("grown", 3)):
+        Tired.seen.clear()
+        last = tired_run(tmp_path / out, views)
+        counts.append(Tired.seen.count(12))
+        shutil.rmtree(last.folder)
+    filling = [counts[0] - counts[1], counts[3] - counts[1]]
+    assert filling == [10, 4]  # 3 batches for each view of 36 samples, and one from which the form is learnt
+    (one,) = (path for path in (tmp_path / "alone" / "cache").glob("*/logits.bin"))
+    assert one.read_bytes() in [path.read_bytes() for path in (tmp_path / "grown" / "cache").glob("*/logits.bin")]
 
 
 def test_every_batch_of_a_filling_has_the_size_of_training(tmp_path: Path, monkeypatch: Any) -> None:
@@ -123,6 +138,27 @@ def test_a_run_that_waits_for_a_filling_can_be_stopped(tmp_path: Path) -> None:
         pytest.raises(Stopped, match=rf"{folder}: stopped while another process fills it"),
     ):
         fill_caches(found, quiet(stop=lambda: True), Runtime(found.spec.runtime))
+
+
+def test_a_wish_to_stop_ends_a_filling_after_the_batch_and_what_is_stored_is_kept(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(Tired, "left", 10**6)
+    Tired.seen.clear()
+    whole = tired_run(tmp_path / "whole")
+    everything = len(Tired.seen)
+    Tired.seen.clear()
+    message = "^wide: stopped while the cache was filled, what is stored is kept; start it again to go on$"
+    with pytest.raises(Stopped, match=message):  # in the second view, of batches of 12 as the first has
+        tired_run(tmp_path / "stopped", stop=lambda: Tired.seen.count(12) >= 6)
+    assert Tired.seen.count(12) == 6
+    (folder,) = (path for path in (tmp_path / "stopped" / "cache").iterdir() if path.is_dir())
+    assert (folder / "blocks.jsonl").read_text().count("\n") == 1
+    Tired.seen.clear()
+    again = tired_run(tmp_path / "stopped")
+    assert len(Tired.seen) < everything
+    mine, own = weights_of(whole.folder), weights_of(again.folder)
+    assert all(torch.equal(mine[name], own[name]) for name in mine)
 
 
 def test_workers_fill_the_same_cache(tmp_path: Path) -> None:

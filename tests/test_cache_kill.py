@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -12,6 +14,7 @@ import pytest
 from small_run import PLAIN, PLUGIN, Command, config_of, write_config
 
 from kdx.cache import BLOCKS, META, open_store
+from kdx.cli import STOPPED
 
 KD = {"use": "kd", "inputs": {"student": "student.logits", "teacher": "wide.logits"}}
 CONFIG = config_of(
@@ -88,6 +91,42 @@ def test_a_filling_that_is_killed_at_any_moment_goes_on_and_ends_as_an_unbroken_
     assert started(often, "cache").wait(120) == 0
     assert calls(often) < everything - 90
     assert content(often.parent) == content(whole.parent)
+
+
+@pytest.mark.slow
+def test_a_cache_that_gets_more_views_is_killed_and_ends_as_an_unbroken_one(tmp_path: Path) -> None:
+    whole, grown, more = tmp_path / "whole" / "a", tmp_path / "grown" / "a", {"data": {"views": 3}}
+    for folder in (whole.parent, grown.parent):
+        folder.mkdir()
+    assert started(whole, "cache", layer=more).wait(120) == 0
+    assert started(grown, "cache").wait(120) == 0
+    (smaller,) = caches(grown.parent)
+    assert started(grown, "cache", "kill 20", layer=more).wait(120) == -signal.SIGKILL
+    (larger,) = {*caches(grown.parent)} - {smaller}
+    assert (larger / BLOCKS).read_bytes().count(b"\n") == 6  # those of the two views that were copied
+    assert started(grown, "cache", layer=more).wait(120) == 0
+    assert calls(whole) - calls(grown) == 198  # two views of 99 batches
+    shutil.rmtree(smaller)
+    assert content(grown.parent) == content(whole.parent)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("word", ["run", "cache"])
+def test_a_signal_ends_a_filling_as_it_ends_a_training(word: str, tmp_path: Path) -> None:
+    folder = tmp_path / "a"
+    command = started(folder, word, "hold 60")  # in the second block
+    wait_for(lambda: calls(folder) == 60, command)
+    assert command.process.pid is not None
+    os.kill(command.process.pid, signal.SIGTERM)
+    wait_for(lambda: "stopping after this update, or this batch of a cache" in command.output.read_text(), command)
+    (folder / "order.txt").unlink()
+    assert command.wait(60) == STOPPED
+    assert calls(folder) == 60
+    text = command.output.read_text()
+    assert "what is stored is kept; start it again to go on" in text
+    assert "Traceback" not in text
+    (cache,) = caches(tmp_path)
+    assert (cache / BLOCKS).read_bytes().count(b"\n") == 1
 
 
 @pytest.mark.slow

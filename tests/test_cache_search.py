@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from small_plugin import SmallNet
 from small_run import CASCADE, DISTIL, PLAIN, TEACHER, config_of, prepared, quiet, run_in, weights_of, write_config
 
-from kdx.cache import META, read_meta
+from kdx.cache import BLOCKS, META, read_meta
 from kdx.cache_search import INDEX, opened
 from kdx.checkpoint import save_weights
 from kdx.cli import main
 from kdx.errors import DataError
-from kdx.runs import Prepared, carry_out, fill_caches
+from kdx.runs import Options, Prepared, carry_out, fill_caches
 from kdx.runtime import Runtime
+from kdx.stopping import Stopped
 
 FIXED = {"data": {"flip": False}}
 CACHED = {"teachers": {"wide": {"cache": True}}}
@@ -96,6 +99,50 @@ def test_a_run_with_fewer_views_reads_the_first_ones_of_a_cache_of_more(tmp_path
     assert held(tmp_path) == before
     filled(tmp_path, LOGITS, {"data": {"flip": True, "views": 5}})
     assert len(held(tmp_path)) == 2
+
+
+def test_a_run_with_more_views_fills_just_those_that_are_missing(tmp_path: Path) -> None:
+    few, many = ({"data": {"views": views}} for views in (2, 5))
+    before = filled(tmp_path / "few", DISTIL, CACHED, few)
+    (own,) = before.caches.values()
+    content = {path.name: path.read_bytes() for path in own.folder.iterdir()}
+    told = io.StringIO()
+    how = Options(console=Console(file=told, width=1000))
+    found = prepared(DISTIL, CACHED, many, {"out": str(tmp_path / "few")})
+    runtime = Runtime(found.spec.runtime)
+    fill_caches(found, how, runtime)
+    assert f"wide: 2 views of 5 copied from {own.folder}" in told.getvalue()
+    assert len(held(tmp_path / "few")) == 2
+    assert_as_alone(tmp_path, found, DISTIL, CACHED, many, views=5)
+    assert {path.name: path.read_bytes() for path in own.folder.iterdir()} == content
+
+
+def test_a_run_on_fewer_samples_and_more_views_copies_their_rows(tmp_path: Path) -> None:
+    some = {"data": {"views": 4, "validation": 24}}
+    filled(tmp_path / "some", DISTIL, CACHED, {"data": {"views": 2}})
+    found = filled(tmp_path / "some", DISTIL, CACHED, some)
+    assert_as_alone(tmp_path, found, DISTIL, CACHED, some, views=4)
+
+
+def test_altered_views_are_not_copied(tmp_path: Path) -> None:
+    (own,) = filled(tmp_path / "some", DISTIL, CACHED, {"data": {"views": 2}}).caches.values()
+    path = own.folder / "logits.bin"
+    path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
+    found = filled(tmp_path / "some", DISTIL, CACHED, {"data": {"views": 3}})
+    assert_as_alone(tmp_path, found, DISTIL, CACHED, {"data": {"views": 3}}, views=3)
+
+
+def test_copying_views_can_be_stopped_and_goes_on(tmp_path: Path) -> None:
+    filled(tmp_path / "some", DISTIL, CACHED, {"data": {"views": 2}})
+    found = prepared(DISTIL, CACHED, {"data": {"views": 3}}, {"out": str(tmp_path / "some")})
+    for looks in (1, 2):  # after one view is copied, then after both
+        asked = iter([False] * looks)
+        with pytest.raises(Stopped, match="wide: stopped while the cache was filled"):
+            fill_caches(found, quiet(stop=lambda asked=asked: next(asked, True)), Runtime(found.spec.runtime))
+    (own,) = found.caches.values()
+    assert (own.folder / BLOCKS).read_text().count("\n") == 2
+    fill_caches(found, quiet(), Runtime(found.spec.runtime))
+    assert_as_alone(tmp_path, found, DISTIL, CACHED, {"data": {"views": 3}}, views=3)
 
 
 def test_a_run_on_some_of_the_samples_reads_the_cache_of_all(tmp_path: Path) -> None:

@@ -373,14 +373,24 @@ def test_a_teacher_without_a_net_can_answer_from_the_folder_of_a_target(tmp_path
 
 def test_a_stopped_run_goes_on_whether_its_target_is_stored_or_not(tmp_path: Path) -> None:
     live, cached = (prepared(FUSED, FIXED, layer, {"out": str(tmp_path / "parts")}) for layer in ({}, CACHED))
-    for part in (live, cached):
-        asked = iter([False])
-        with pytest.raises(Stopped):
+    for part, looks, last in ((live, 1, 2), (cached, 4, 4)):  # at each batch of the filling, too
+        asked = iter([False] * looks)
+        with pytest.raises(Stopped, match=f"stopped after update {last} of 6"):
             carry_out(part, quiet(stop=lambda asked=asked: next(asked, True)))
     carry_out(cached, quiet())
     whole = run_of(FUSED, FIXED, {"out": str(tmp_path / "whole")})
     assert same_student(whole.folder, cached.folder)
     assert lines_of(whole.folder) == lines_of(cached.folder)
+
+
+def test_a_stored_target_gets_more_views_and_teaches_as_the_live_one(tmp_path: Path) -> None:
+    for views in (2, 3):
+        run_of(FUSED, CACHED, {"data": {"views": views}, "out": str(tmp_path / "grown")})
+    live, grown = (
+        run_of(FUSED, layer, {"data": {"views": 3}, "out": str(tmp_path / out)})
+        for layer, out in (({}, "live"), (CACHED, "grown"))
+    )
+    assert same_student(live.folder, grown.folder)
 
 
 def test_runs_side_by_side_read_one_stored_target(tmp_path: Path) -> None:

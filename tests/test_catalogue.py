@@ -75,6 +75,26 @@ def test_options_have_their_types_and_defaults() -> None:
     assert ("option", "args", "dict[str, Any]", "{}") in found
 
 
+@pytest.mark.parametrize(
+    ("name", "read", "not_read"),
+    [
+        ("kd", {"losses.NAME.lr_scale": "1.0", "losses.NAME.weight_decay": "none"}, "cache"),
+        ("mean", {"targets.NAME.lr_scale": "1.0", "targets.NAME.cache": "none"}, "losses"),
+        ("timm", {"student.taps": "{}", "teachers.NAME.cache": "none"}, "student.cache"),
+        ("conv1x1", {"align.NAME.lr_scale": "1.0"}, "cache"),
+        ("tensors", {"data.validation": "0.1"}, "lr_scale"),
+    ],
+)
+def test_what_the_engine_reads_of_a_section_is_shown_where_it_may_be_said(
+    name: str, read: dict[str, str], not_read: str
+) -> None:
+    lines = shown(*component_view(registry(), name)).splitlines()
+    found = [[cell.strip() for cell in line.split("│")] for line in lines if "│" in line]
+    told = {cells[2]: cells[4] for cells in found if cells[1] == "engine"}
+    assert read.items() <= told.items()
+    assert not any(not_read in path for path in told)
+
+
 def test_a_component_is_described_by_its_own_words() -> None:
     text = shown(*component_view(registry(), "kd"))
     assert "losses: kd  (kdx_logit, kdx " in text

@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 
 from kdx.errors import PluginError
 from kdx.loop import Session
-from kdx.one_graph import OneGraph
+from kdx.one_graph import OneGraph, compiler_of
 from kdx.types import Losses
 
 pytestmark = [
@@ -128,6 +128,14 @@ def test_gradients_are_those_of_autograd_and_nobody_elses_tensors() -> None:
         tensors = [*(gradient for _, gradient in found), losses.total, losses.means["a"]]
         places = [tensor.data_ptr() for tensor in tensors]
         assert len({*places}) == len(places)
+
+
+@pytest.mark.skipif("isolate_recompiles" not in compiler_of(torch.device("cpu")), reason="torch counts them together")
+def test_the_graphs_of_one_learner_leave_those_of_others_alone() -> None:
+    """Torch keeps eight graphs of a function; a study may train more learners than that in one process."""
+    graphs = [OneGraph(Odd(), compiler_of(torch.device("cpu"))) for _ in range(9)]
+    for graph in graphs:
+        assert not graph(odd_batch(5), {}, {}).total.requires_grad
 
 
 def test_a_weight_that_is_frozen_on_the_way_gets_no_gradient() -> None:

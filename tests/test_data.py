@@ -208,7 +208,7 @@ def test_labels_cannot_be_chosen_where_there_are_none() -> None:
 
 
 def test_validation_needs_labelled_samples_where_there_are_any() -> None:
-    with pytest.raises(ConfigError, match=r"data.validation: found 10, but only 4 training samples have a label"):
+    with pytest.raises(ConfigError, match="but there are labels for only 4 training samples"):
         make_splits(Numbers([0, 1, 2, 3] + [-1] * 96), SplitOptions(validation=10))
 
 

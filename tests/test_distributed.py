@@ -169,6 +169,27 @@ def test_a_bad_term_of_one_process_is_named_by_all(rank: int, two: Path) -> None
     assert re.match(text, told(two, rank)["fault"])
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_metric_of_torchmetrics_counts_each_sample_once(rank: int, two: Path) -> None:
+    found = told(two, rank)["metrics"]
+    assert [found[name] for name in ("counted", "rows", "extreme", "collected")] == [24.0] * 4
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_answers_for_mixtures_are_those_of_a_sample_and_its_partner_on_each_process(rank: int, two: Path) -> None:
+    assert told(two, rank)["mixtures"] < within(two)
+
+
+def test_a_student_of_two_processes_on_mixtures_of_stored_answers_is_that_of_the_live_teacher(two: Path) -> None:
+    live, stored = (weights_of(run_folder(two / f"mixed_{name}", "distilled")) for name in ("live", "stored"))
+    agree(live, stored, within(two))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_all_processes_stop_where_the_first_is_asked_to_while_it_fills_a_cache(rank: int, two: Path) -> None:
+    assert told(two, rank)["unfilled"].startswith("wide: stopped while the cache was filled")
+
+
 def test_only_the_first_process_writes(two: Path) -> None:
     folder = run_folder(two / "two", "distilled")
     assert json.loads((folder / "environment.json").read_text())["processes"] == 2

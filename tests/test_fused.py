@@ -1,4 +1,4 @@
-"""Value and gradient in blocks are those of the ordinary operations, on each of the three ways."""
+"""Value and gradient are those of the ordinary operations, in blocks and on each of the other ways."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor
 
 from kdx import fused
 from kdx.builtin.losses import cross_entropy
-from kdx.fused import cross_entropy_sum, log_mixture, soft_divergence
+from kdx.fused import cross_entropy_sum, log_mixture, log_softmax, soft_divergence
 
-WAYS = {"ordinary": (10**6, 10**6), "whole": (0, 10**6), "blocks": (0, 0)}
+WAYS = {"few": (10**6, 10**6), "narrow": (10**6, 10**6), "whole": (0, 10**6), "blocks": (0, 0)}
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-9}
 TEMPERATURES = [torch.tensor(1.0), torch.tensor(4.0), torch.tensor([0.5, 1.0, 2.0, 4.0, 8.0, 3.0, 1.5])]
 
@@ -26,6 +26,8 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(fused, "SMALL", small)
     monkeypatch.setattr(fused, "MIDDLE", middle)
     monkeypatch.setattr(fused, "BLOCK", 40)
+    monkeypatch.setattr(fused, "REGISTER", 128 if request.param == "narrow" else 0)
+    monkeypatch.setattr(fused, "NARROW", 1)
     name: str = request.param
     return name
 
@@ -174,6 +176,17 @@ def test_the_mean_over_samples_that_all_have_a_label_is_that_of_torch(way: str, 
 
     found, expected = (with_gradient(one, logits(torch.float64, 0)) for one in (ours, usual))
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 10, 15])
+def test_short_rows_have_the_log_softmax_of_torch_to_the_bit(classes: int) -> None:
+    rows = logits(torch.float32, 0, 512, classes).requires_grad_()
+    assert fused._is_narrow(rows)
+    above = torch.randn(512, classes, generator=torch.Generator().manual_seed(1))
+    found, expected = log_softmax(rows), rows.log_softmax(1)
+    assert torch.equal(found, expected)
+    for one, two in zip(*(torch.autograd.grad(value, rows, above) for value in (found, expected)), strict=True):
+        assert torch.equal(one, two)
 
 
 def test_a_label_beyond_the_classes_is_refused(way: str) -> None:

@@ -43,7 +43,7 @@ LAYERS = """
     plan identity
     cache_key plots_shown report_teachers batched backends_graph nonfinite
     backends
-    spread cache_search joint
+    spread cache_search joint one_graph
     modules runtime table deploy plots report_text cache_targets
     cache_fill cache_import feed student report functional diagnosis memory
     loop

@@ -10,8 +10,8 @@ import pytest
 import torch
 from golden_inputs import LABEL, LOGITS, STUDENT, TEACHER, number
 from kdx_plugins.soft_labels import MixedAnswers, MixedCrossEntropy
-from small_plugin import made_images
-from small_run import DISTIL, config_of, prepared, quiet, run_in, weights_of
+from mixed_run import MIXED, pictures
+from small_run import prepared, quiet, run_in, weights_of
 from timm.data.mixup import cutmix_bbox_and_lam, mixup_target
 from timm.loss import SoftTargetCrossEntropy
 
@@ -230,28 +230,6 @@ def test_mixed_answers_and_labels_keep_their_contracts() -> None:
         MixedCrossEntropy(MixedCrossEntropy.Config(), kdx.Given({"student": (1,)}))
     with pytest.raises(kdx.ConfigError, match="label_smoothing: found 1, expected from 0 and below 1"):
         MixedCrossEntropy(MixedCrossEntropy.Config(1), LOGITS)
-
-
-RECORD = {"share": "batch.mix_share@mixed", "partner": "batch.mix_partner@mixed"}
-MIXED: dict[str, Any] = config_of(
-    DISTIL,
-    {
-        "data": {"use": "tensors", "views": {"mixed": {"augment": {"cutmix": {}}}}},
-        "targets": {"both": {"use": "mixed_answers", "inputs": {"logits": "wide.logits", **RECORD}, "temperature": 2}},
-        "align": None,
-        "losses": {
-            "ce": {"use": "mixed_cross_entropy", "inputs": {"student": "student@mixed.logits", **RECORD}},
-            "kd": {"inputs": {"student": "student@mixed.logits", "teacher": "both.logits"}},
-            "hint": None,
-        },
-    },
-)
-"""A student on mixtures, whose teacher has answered for the images as they are."""
-
-
-def pictures() -> TensorDataset:
-    classes = ["left", "right", "both"]
-    return TensorDataset.from_tensors(train=made_images(48, 1), test=made_images(24, 2), classes=classes)
 
 
 def mixed_run(out: Path, *layers: Any) -> RunResult:

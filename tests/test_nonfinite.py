@@ -106,7 +106,7 @@ def session_of_same(session: Session) -> Session:
 def test_a_bad_gradient_is_named_where_all_losses_are_finite() -> None:
     session = session_of(PLAIN)
     spoil_gradient(session, 2)
-    text = r"train: the gradient was nan or inf in update 2, .*the gradients of 1 weights, as .*head.bias; expected"
+    text = r"train: the gradient was nan or inf in update 2, .*the gradients of 1 weight, as .*head.bias; expected"
     with pytest.raises(KdxError, match=text):
         Seen(session)
 

@@ -33,6 +33,14 @@ def test_every_section_is_listed_with_defaults() -> None:
         assert line in text
 
 
+def test_an_option_stands_where_it_may_be_said() -> None:
+    lines = config_page().splitlines()
+    for line in ("| `student.taps` | dict[str, Any] | {} |", "| `losses.NAME.lr_scale` | float | 1.0 |",
+                 "| `teachers.NAME.cache` | Any | none |", "| `targets.NAME.cache` | Any | none |"):  # fmt: skip
+        assert line in lines
+    assert not any(key in line for line in lines for key in ("`student.cache`", "`losses.NAME.cache`"))
+
+
 def test_components_are_listed_with_inputs_knobs_and_options() -> None:
     text = components_page(registry())
     assert "### kd\n\n*kdx_logit*\n" in text

@@ -10,7 +10,7 @@ from sample_run import bare, sample_result, write_run
 
 from kdx.errors import CheckpointError, ConfigError
 from kdx.figures import ROLES
-from kdx.formats import count, duration, milliseconds, percent, points, ratio, size, whole
+from kdx.formats import count, counted, duration, milliseconds, percent, points, ratio, size, whole
 from kdx.report import comparison, summary_table, write_report
 from kdx.result import read_result, to_dict, write_result
 from kdx.standings import label_sentences
@@ -279,3 +279,5 @@ def test_numbers_are_written_with_their_units():
     assert [milliseconds(t) for t in (0.3123, 21.31, 1234.5)] == ["0.312 ms", "21.3 ms", "1,234 ms"]
     assert [ratio(a, b) for a, b in ((2, 1), (2000, 1), (1, 0), (None, 1))] == ["2x", "2,000x", "-", "-"]
     assert [percent(None), percent(float("nan")), points(-0.0123)] == ["-", "-", "-1.23 points"]
+    found = [counted(0, "sample"), counted(1, "sample"), counted(1024, "sample"), counted(2, "was", "were")]
+    assert found == ["0 samples", "1 sample", "1,024 samples", "2 were"]

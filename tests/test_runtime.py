@@ -10,7 +10,7 @@ from torch import nn
 
 from kdx.devices import check_precision, low_precision, pick_device, present_devices
 from kdx.errors import ConfigError
-from kdx.runtime import Runtime, Stopwatch
+from kdx.runtime import FOLD_EVERY, Runtime, Stopwatch
 from kdx.sections import RuntimeOptions
 
 CPU = RuntimeOptions(device="cpu", precision="fp32")
@@ -123,6 +123,36 @@ def test_the_stopwatch_adds_up_by_phase() -> None:
     seconds = watch.seconds()
     assert 0.02 <= seconds["a"] < 1
     assert seconds["b"] == 4.0
+
+
+class Reached:
+    """A moment of a device that has worked until `now` milliseconds."""
+
+    now = 0.0
+
+    def __init__(self, at: float) -> None:
+        self.at = at
+
+    def query(self) -> bool:
+        return self.at <= Reached.now
+
+    def elapsed_time(self, end_event: Reached) -> float:
+        assert self.query()
+        assert end_event.query(), "this would make the host wait"
+        return end_event.at - self.at
+
+
+def test_spans_that_are_over_become_seconds_and_the_others_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = Stopwatch(torch.device("cpu"))
+    for step in range(10 * FOLD_EVERY):
+        monkeypatch.setattr(Reached, "now", 100.0 * (step - 5))  # the device is five spans behind the host
+        watch.spans.append("a", Reached(100.0 * step), Reached(100.0 * step + 50))
+        assert len(watch.spans) <= FOLD_EVERY + 5
+    assert len(watch.spans) == 6
+    monkeypatch.setattr(Reached, "now", float("inf"))
+    watch.spans.fold()
+    assert len(watch.spans) == 0
+    assert watch.seconds()["a"] == pytest.approx(10 * FOLD_EVERY * 0.05)
 
 
 def test_threads_are_set_and_state_can_be_taken_up() -> None:

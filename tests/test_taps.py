@@ -327,6 +327,15 @@ def test_a_tensor_that_nothing_changes_is_not_copied() -> None:
     assert tapped(batch())["conv"] is held[-1]
 
 
+def test_a_net_without_taps_on_its_modules_does_not_run_to_find_what_changes_them() -> None:
+    net, ran = small("resnet18"), []
+    net.register_forward_hook(lambda *_: ran.append("whole"))
+    net.layer1.register_forward_hook(lambda *_: ran.append("layer1"))
+    for wanted, taps in ((["logits"], {}), (["a", "logits"], {"a": Tap(2)})):
+        Tapped(Network(net), wanted, taps, "student").protect(batch())
+    assert not ran
+
+
 def test_a_copied_tap_still_carries_the_gradient() -> None:
     net = TinyNet(1, 4, 3).train()
     run(net, ["pre", "logits"], {"pre": Tap("norm")})["pre"].square().sum().backward()

@@ -1,5 +1,7 @@
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pluggy
@@ -177,6 +179,23 @@ def test_tensorboard_holds_terms_knobs_rate_and_metrics(tmp_path):
     assert [event.step for event in events.Scalars("terms/ce")] == list(range(1, 43))
     assert events.Scalars("terms/ce")[3].value == pytest.approx(0.25)
     assert [(event.step, event.value) for event in events.Scalars("val/accuracy")] == [(40, pytest.approx(0.2))]
+
+
+def test_tensorboard_is_loaded_for_the_first_number_that_is_written(tmp_path):
+    code = f"""
+import sys
+from pathlib import Path
+from test_watchers import EVERY, drive
+from kdx.builtin.watchers import TensorBoard
+watcher = TensorBoard(Path({str(tmp_path)!r}))
+drive(watcher, watcher.folder, last=EVERY // 2, end=False)
+assert "tensorboard" not in sys.modules
+watcher.kdx_run_end(None)
+assert "tensorboard" in sys.modules
+"""
+    assert EVERY // 2 < PER_EPOCH
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent)
+    assert len([*(tmp_path / "events").iterdir()]) == 1
 
 
 def test_off_a_terminal_each_evaluation_is_one_plain_line(tmp_path):

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from kdx.components import Given, Loss
 from kdx.errors import ConfigError
-from kdx.fused import cross_entropy_sum, goes_whole
+from kdx.fused import cross_entropy_sum, few_cross_entropy, goes_whole
 
 
 def cross_entropy(student: Tensor, label: Tensor, label_smoothing: float = 0.0, *, labelled: bool = False) -> Tensor:
@@ -19,7 +18,7 @@ def cross_entropy(student: Tensor, label: Tensor, label_smoothing: float = 0.0, 
     of the target evenly over all K classes. Where all samples are known to be `labelled`, none is looked for.
     """
     if labelled and goes_whole(student):
-        return F.cross_entropy(student, label, ignore_index=-1, label_smoothing=label_smoothing)
+        return few_cross_entropy(student, label, label_smoothing, reduction="mean")
     total = cross_entropy_sum(student, label, label_smoothing)
     return total / (len(label) if labelled else (label != -1).sum().clamp(min=1))
 
@@ -43,10 +42,10 @@ class CrossEntropy(Loss):
         super().__init__(config, given)
         if not 0 <= config.label_smoothing < 1:
             raise ConfigError(f"label_smoothing: found {config.label_smoothing}, expected a share from 0 and below 1")
-        self._labelled = given.facts.labelled and given.refs.get("label") == "batch.label"
+        self.labelled = given.facts.labelled and given.refs.get("label") == "batch.label"
 
     def forward(self, student: Tensor, label: Tensor) -> Tensor:
-        return cross_entropy(student, label, self.config.label_smoothing, labelled=self._labelled)
+        return cross_entropy(student, label, self.config.label_smoothing, labelled=self.labelled)
 
 
 LOSSES: list[type[Loss]] = [CrossEntropy]

@@ -46,10 +46,8 @@ class Classification(Metric):
         K = self._classes = len(facts.classes)
         if K < 2:
             raise PlanError(f"metrics.classification: found {K} classes in the data, expected 2 or more")
-        # Validating the arguments would wait for the device at each batch; each process is given the answers of all.
-        common: dict[str, Any] = {
-            "num_classes": K, "ignore_index": -1, "validate_args": False, "sync_on_compute": False,
-        }  # fmt: skip
+        # Validating the arguments would wait for the device at each batch.
+        common: dict[str, Any] = {"num_classes": K, "ignore_index": -1, "validate_args": False}
         self._answers = MetricCollection(
             {
                 "accuracy": MulticlassAccuracy(average="micro", **common),
@@ -60,7 +58,7 @@ class Classification(Metric):
         self._confusion = MulticlassConfusionMatrix(**common).to(device)
         self._calibration = MulticlassCalibrationError(n_bins=config.bins, norm="l1", **common).to(device)
         # Not a MeanMetric: told to let NaN pass, it forgets its weights too.
-        self._cross_entropy = SumMetric(nan_strategy="disable", sync_on_compute=False).to(device)
+        self._cross_entropy = SumMetric(nan_strategy="disable").to(device)
 
     def update(self, logits: Tensor, label: Tensor) -> None:  # type: ignore[override]
         if logits.ndim != 2 or logits.shape[1] != self._classes:

@@ -119,14 +119,12 @@ class TensorBoard:
     def __init__(self, folder: Path) -> None:
         self.folder = folder / "events"
         self._buffer = _Buffer()
+        self._begun: RunInfo | None = None
         self._writer: SummaryWriter | None = None
 
     @hookimpl
     def kdx_run_start(self, run: RunInfo) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # takes a second, which only a run should pay
-
-        _spare_traceback_of_writer()
-        self._writer = SummaryWriter(str(self.folder), purge_step=run.resumed_at + 1 if run.resumed_at else 0)
+        self._begun = run
 
     @hookimpl
     def kdx_step_end(self, report: StepReport) -> None:
@@ -143,8 +141,10 @@ class TensorBoard:
 
     @hookimpl
     def kdx_run_end(self, run: RunInfo) -> None:
-        if self._writer is not None:
+        if self._begun is not None:
             self._write_steps()
+            self._begun = None
+        if self._writer is not None:
             self._writer.close()
             self._writer = None
 
@@ -159,9 +159,19 @@ class TensorBoard:
             self._scalar("train/lr", line.lr, line.step)
 
     def _scalar(self, tag: str, value: float, step: int) -> None:
-        if self._writer is None:
+        if self._begun is None:
             raise RuntimeError(f"{self.folder}: written to before kdx_run_start or after kdx_run_end")
+        if self._writer is None:
+            self._writer = _open_writer(self.folder, self._begun)
         self._writer.add_scalar(tag, value, step)
+
+
+def _open_writer(folder: Path, run: RunInfo) -> SummaryWriter:
+    """A writer that takes back what an earlier process wrote of updates that are made again."""
+    from torch.utils.tensorboard import SummaryWriter  # only a run that has come to a number should pay its loading
+
+    _spare_traceback_of_writer()
+    return SummaryWriter(str(folder), purge_step=run.resumed_at + 1 if run.resumed_at else 0)
 
 
 @functools.cache
