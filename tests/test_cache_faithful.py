@@ -20,7 +20,8 @@ from kdx.checkpoint import save_weights
 from kdx.config import overlay
 from kdx.errors import DataError
 from kdx.result import read_result, write_result
-from kdx.runs import Stopped, carry_out
+from kdx.runs import Stopped, carry_out, fill_caches
+from kdx.runtime import Runtime
 
 CACHED = {"cache": True}
 PIXEL = (17, 0, 3, 5)
@@ -92,6 +93,7 @@ def test_a_run_that_was_stopped_within_an_epoch_goes_on_from_the_same_cache(tmp_
     whole = prepared(*layers, {"out": str(tmp_path / "whole")})
     carry_out(whole, quiet())
     found = prepared(*layers, {"teachers": {"wide": CACHED}, "out": str(tmp_path / "stopped")})
+    fill_caches(found, quiet(), Runtime(found.spec.runtime))
     asked: list[int] = []
 
     def stop() -> bool:
