@@ -7,10 +7,11 @@ from `torch.nn.functional`, and one number read at every step. `tuned` is the be
 gathered by index, teachers that stop after what is read, the fused optimizer, the divergence as one cross-entropy with
 soft targets, and no number read. `kdx` computes as a config does that says nothing of it, in eager calls as these two
 do; `auto` has measured its layout, compilation and what computes the teachers, as `runtime: auto` does for a training
-of some hours. `alone` is `plain` without a teacher. All train the same nets on the same numbers of samples and take
-turns within one process, with a fixed number of threads, several updates at a time of the smaller nets; shown are
-medians of an update with their quartiles, and the medians of the ratios of each turn. `--cpu` takes the processor's
-time in place of the wall clock's, for a machine that others use as well.
+of some hours; with `--precision auto` the precision as well, which changes numbers by more than rounding. `alone` is
+`plain` without a teacher. All train the same nets on the same numbers of samples and take turns within one process,
+with a fixed number of threads, several updates at a time of the smaller nets; shown are medians of an update with their
+quartiles, and the medians of the ratios of each turn. `--cpu` takes the processor's time in place of the wall clock's,
+for a machine that others use as well.
 """
 
 from __future__ import annotations
@@ -88,7 +89,12 @@ def make_task(net: Net, terms: str, batches: int = 40) -> Task:
 
 
 def kdx_session(
-    task: Task, plugins: tuple[str, ...] = (), more: Mapping[str, Any] | None = None, *, measured: bool = False
+    task: Task,
+    plugins: tuple[str, ...] = (),
+    more: Mapping[str, Any] | None = None,
+    *,
+    measured: bool = False,
+    precision: str = "fp32",
 ) -> Session:
     """The task as a config, with `more` losses, ready to train; with `measured` as `runtime: auto` has it."""
     names = [f"teacher_{i}" for i in range(1, task.teachers + 1)] if task.teachers > 1 else ["teacher"]
@@ -111,6 +117,7 @@ def kdx_session(
         "train": {"updates": 10**6, "batch": task.net.batch, "lr": LR, "optimizer": {"use": "sgd", "momentum": 0.9}},
         "runtime": {"device": "cpu", "threads": torch.get_num_threads(), "teacher_batching": "never"},
     }
+    config["runtime"]["precision"] = precision
     if measured:
         config["runtime"] |= dict.fromkeys(("channels_last", "compile", "backend", "teacher_batching"), "auto")
     losses.update(more or {})
@@ -140,10 +147,10 @@ def kdx_session(
 
 
 def kdx_update(
-    task: Task, plugins: tuple[str, ...] = (), more: Mapping[str, Any] | None = None, *, measured: bool = False
+    task: Task, plugins: tuple[str, ...] = (), more: Mapping[str, Any] | None = None, **settings: Any
 ) -> Update:
     """One update of the engine, with the hook that watchers of a step are called by."""
-    session = kdx_session(task, plugins, more, measured=measured)
+    session = kdx_session(task, plugins, more, **settings)
 
     def ignore(_: Any) -> None:
         pass
@@ -238,13 +245,14 @@ def tuned_update(task: Task) -> Update:
     return update
 
 
-LOOPS: dict[str, Callable[[Task], Update]] = {
-    "kdx": kdx_update,
-    "auto": lambda task: kdx_update(task, measured=True),
-    "plain": plain_update,
-    "tuned": tuned_update,
-    "alone": lambda task: plain_update(task, alone=True),
+LOOPS: dict[str, Callable[[Task, str], Update]] = {
+    "kdx": lambda task, precision: kdx_update(task),
+    "auto": lambda task, precision: kdx_update(task, measured=True, precision=precision),
+    "plain": lambda task, precision: plain_update(task),
+    "tuned": lambda task, precision: tuned_update(task),
+    "alone": lambda task, precision: plain_update(task, alone=True),
 }
+"""How each is made, for the precision that is asked of `auto`."""
 PAIRS = (("kdx", "plain"), ("kdx", "tuned"), ("auto", "plain"), ("auto", "tuned"))
 """The ratios that are shown."""
 
@@ -294,6 +302,7 @@ def main() -> None:
     parser.add_argument("--terms", nargs="+", choices=TERMS, default=[*TERMS])
     parser.add_argument("--rounds", type=int, default=60, help="measured turns of each loop")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch")
+    parser.add_argument("--precision", choices=("fp32", "auto"), default="fp32", help="of the loop `auto`")
     parser.add_argument("--cpu", action="store_true", help="measure processor time")
     options = parser.parse_args()
     clock = time.process_time if options.cpu else time.perf_counter
@@ -305,7 +314,7 @@ def main() -> None:
         if terms == "attention" and not net.has_maps:
             continue
         task = make_task(net, terms)
-        updates = {loop: make(task) for loop, make in LOOPS.items()}
+        updates = {loop: make(task, options.precision) for loop, make in LOOPS.items()}
         found = in_turns(updates, options.rounds, clock, burst=net.burst)
         ratios = (f"{ratio(found[ours], found[theirs]):>11}" for ours, theirs in PAIRS)
         print(f"{name:<8} {terms:<10}", *(f"{spread(found[loop]):>22}" for loop in LOOPS), *ratios, flush=True)

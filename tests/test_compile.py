@@ -66,10 +66,12 @@ def is_whole(session: Session) -> bool:
 
 
 def check_equal(session: Session, *layers: Mapping[str, Any]) -> None:
-    """Train a session and one that the same layers make, in eager calls, and compare what both report."""
-    found, expected = Seen(session), Seen(session_of(*layers))
+    """Train a session and one that the same layers make, in eager calls; compare what both report and come to."""
+    other = session_of(*layers)
+    found, expected = Seen(session), Seen(other)
     for mine, own in zip(found.steps, expected.steps, strict=True):
         assert mine.numbers() == pytest.approx(own.numbers(), rel=1e-3, abs=1e-4)
+    torch.testing.assert_close(session.learner.state_dict(), other.learner.state_dict(), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("more", [{}, GREEDY], ids=["", "parts and a limit"])
