@@ -26,7 +26,7 @@ from torch import Tensor
 
 from kdx.cache_options import CacheOptions
 from kdx.errors import DataError
-from kdx.files import write_text
+from kdx.files import full_disk_is_said, write_text
 from kdx.types import Shape
 
 SCHEMA = 1
@@ -200,7 +200,8 @@ class Writer:
         for file, kind in self.meta.files.items():
             assert len(rows[file]) == last - first
             content = _bytes(rows[file].cpu())
-            os.pwrite(self._files[file], content, first * row_bytes(*kind))
+            with full_disk_is_said(self.folder):
+                _write_all(self._files[file], content, first * row_bytes(*kind))
             sums[file] = zlib.crc32(content)
         self._done[block] = sums
         self._new.append(json.dumps({"block": block, "crc": sums}) + "\n")
@@ -209,12 +210,13 @@ class Writer:
         """Bring all blocks so far onto the disk, and then the lines that say so."""
         if not self._new:
             return
-        for file in self._files.values():
-            os.fsync(file)
-        with (self.folder / BLOCKS).open("a", encoding="utf-8") as lines:
-            lines.writelines(self._new)
-            lines.flush()
-            os.fsync(lines.fileno())
+        with full_disk_is_said(self.folder):
+            for file in self._files.values():
+                os.fsync(file)
+            with (self.folder / BLOCKS).open("a", encoding="utf-8") as lines:
+                lines.writelines(self._new)
+                lines.flush()
+                os.fsync(lines.fileno())
         self._new.clear()
 
     def close(self) -> None:
@@ -307,6 +309,13 @@ def _sized(path: Path, size: int) -> int:
     if os.fstat(file).st_size != size:
         os.ftruncate(file, size)
     return file
+
+
+def _write_all(file: int, content: memoryview, place: int) -> None:
+    """Write all bytes at a place of a file: one call may write a part, where the disk becomes full or above 2 GiB."""
+    while content:
+        written = os.pwrite(file, content, place)
+        content, place = content[written:], place + written
 
 
 def _bytes(rows: Tensor) -> memoryview:

@@ -170,10 +170,14 @@ def _copied(one: Wanted, writer: Writer, splits: Splits, stop: Callable[[], bool
         return
     yield f"{one.item}: {counted(views, 'view')} of {meta.views} copied from {store.folder}"
     for view, missing in enumerate(needed):
-        for block in missing:
-            _check_stop(stop, [one.item])
-            places = torch.tensor(meta.places(block))
-            writer.copy(block, store.rows(view * store.meta.samples + rows[places], files))
+        try:
+            for block in missing:
+                _check_stop(stop, [one.item])
+                places = torch.tensor(meta.places(block))
+                writer.copy(block, store.rows(view * store.meta.samples + rows[places], files))
+        except Stopped:
+            writer.sync()
+            raise
         writer.sync()
 
 

@@ -23,6 +23,8 @@ UNLABELLED = ("keep", "drop")
 class SplitOptions:
     """Which samples a run trains on and whose labels it may see; the options of `data:` that any data set has.
 
+    `views` is one more: how many versions of each sample there are, or further views by name, or both.
+
     classes: the numbers of the classes that the run is about; None for all. Only their samples are trained and tested
         on, and a label is the place of its class in this list: `[5, 7]` makes 0 of 5 and 1 of 7. A teacher that is
         such a run knows these classes alone.

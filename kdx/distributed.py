@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
+from types import FunctionType, ModuleType
 from typing import Any, TypeVar
 
 import torch
@@ -26,6 +27,8 @@ T = TypeVar("T")
 
 PATIENCE = timedelta(hours=24)
 """How long processes wait for each other: the first one may be copying or converting data."""
+_NO_HOLDERS = (type, ModuleType, FunctionType, Tensor)
+"""What leads to no metric of one evaluation, but on to whole modules."""
 
 
 def gather(x: Tensor) -> Tensor:
@@ -38,25 +41,19 @@ def gather(x: Tensor) -> Tensor:
 
 
 def leave_out_exchange(metric: object) -> None:
-    """Let the metrics of torchmetrics that an object holds say nothing to other processes: each is given the answers of
-    all, which they would count once for every process.
+    """Let the metrics of torchmetrics that an object keeps anywhere say nothing to other processes: each is given the
+    answers of all, which they would count once for every process.
     """
     waiting, seen = [metric], set[int]()
     while waiting:
         found: Any = waiting.pop()
-        if id(found) in seen:
+        if id(found) in seen or isinstance(found, _NO_HOLDERS):
             continue
         seen.add(id(found))
-        if hasattr(found, "sync_on_compute"):  # torchmetrics itself takes a second to import
-            found.sync_on_compute = found.dist_sync_on_step = found._to_sync = False
-        if isinstance(found, nn.Module):
-            waiting += found.children()
-        if isinstance(found, Mapping):
-            waiting += found.values()
-        elif isinstance(found, list | tuple):
-            waiting += found
-        elif found is metric:
-            waiting += vars(found).values()
+        if isinstance(found, nn.Module) and hasattr(found, "sync_on_compute"):  # loading torchmetrics takes a second
+            for name in ("sync_on_compute", "dist_sync_on_step", "_to_sync"):
+                setattr(found, name, False)
+        waiting += filter(gc.is_tracked, gc.get_referents(found))
 
 
 class Processes(Group):

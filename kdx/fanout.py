@@ -1,8 +1,8 @@
 """Runs that train side by side: one pass over the data and one pass of the teachers serve them all.
 
 Each run has its own learner, optimizer, random numbers and folder, and takes its turn of one update after the other, so
-its numbers are those that it has alone. (Shared teachers are called one by one; a run that alone makes one call of
-teachers that are alike agrees within rounding.)
+its numbers are those that it has alone. (Shared teachers are called one by one; a run that alone makes one call or one
+compiled graph of its teachers agrees within rounding.)
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from kdx.calls import ModelCall, Values, execute
 from kdx.devices import pick_device
 from kdx.feed import Feed
 from kdx.loop import Session
+from kdx.one_graph import compiler_of
 from kdx.options import plain_options
 from kdx.plan import Plan
 from kdx.ranges import AUTO, EAGER
@@ -128,16 +129,19 @@ def _stored(model: Tapped) -> Iterator[torch.Tensor]:
 
 def _union(wanted: Sequence[tuple[Session, ModelCall]]) -> ModelCall:
     """One call that gives whatever the sessions want of a model."""
-    _, first = wanted[0]
+    session, first = wanted[0]
     fields = tuple(dict.fromkeys(name for _, call in wanted for name in call.module.wanted))
-    if fields == first.module.wanted:
-        return first
-    taps: dict[str, object] = {}
-    for session, call in wanted:
-        taps |= session.spec.models[base_of(call.name)].engine.taps
-    tapped = Tapped(first.module.network, fields, read_taps(taps, f"{first.where}.taps"), first.where)
-    tapped.copy_all()
-    return replace(first, module=tapped.train(False), gives=tuple(f"{first.name}.{name}" for name in fields))
+    tapped, gives = first.module, first.gives
+    if fields != tapped.wanted:
+        taps: dict[str, object] = {}
+        for one, call in wanted:
+            taps |= one.spec.models[base_of(call.name)].engine.taps
+        tapped = Tapped(first.module.network, fields, read_taps(taps, f"{first.where}.taps"), first.where).train(False)
+        tapped.copy_all()
+        gives = tuple(f"{first.name}.{name}" for name in fields)
+    if session.spec.runtime.compile:
+        tapped.compile(**compiler_of(session.runtime.device))
+    return replace(first, module=tapped, gives=gives)
 
 
 @dataclass

@@ -38,12 +38,13 @@ def soft_divergence(student: Tensor, teacher: Tensor, temperature: Tensor) -> Te
     """`tau^2 KL(softmax(teacher / tau) || softmax(student / tau))`, summed over the classes.
 
     `student`, `teacher` [B, K, ...] are logits, `temperature` is above 0, 0-d or [B]; gives [B, ...]. The teacher gets
-    no gradient. A temperature that learns, half precision and compiled code take the composition of torch.
+    no gradient. A temperature that learns, half precision, compiled code and the transforms of `torch.func` take the
+    composition of torch.
     """
     learns = torch.is_grad_enabled()
     if _suits(student, teacher) and not (learns and temperature.requires_grad):
         if learns and student.requires_grad:
-            values: Tensor = _SoftDivergence.apply(student, teacher, temperature)
+            values: Tensor = _SoftDivergence.apply(student, savable(teacher), temperature)
             return values
         return _divergence(student, teacher.detach(), temperature)
     teacher = teacher.detach()
@@ -93,8 +94,21 @@ def cross_entropy_and_divergence(
     hard = student.ndim == 2 and label.ndim == 1 and not label.is_floating_point()
     if not hard or not torch.is_grad_enabled() or not student.requires_grad or temperature.requires_grad:
         return None
-    both: tuple[Tensor, Tensor] = _Both.apply(student, label, teacher, temperature, label_smoothing, labelled)
+    both: tuple[Tensor, Tensor] = _Both.apply(student, label, savable(teacher), temperature, label_smoothing, labelled)
     return both
+
+
+def savable(teacher: Tensor) -> Tensor:
+    """The same numbers without a graph, which second derivatives would go into, for autograd to keep.
+
+    It keeps no tensor of `torch.inference_mode`, so of such a one it gets a copy.
+    """
+    return teacher.clone() if not is_traced() and teacher.is_inference() else teacher.detach()
+
+
+def is_traced() -> bool:
+    """Whether a compiler or a transform of `torch.func` follows what runs: they need ordinary operations."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def goes_whole(x: Tensor) -> bool:
@@ -108,7 +122,7 @@ def is_small(x: Tensor) -> bool:
 
 
 def log_softmax(x: Tensor) -> Tensor:
-    """`x.log_softmax(1)` to the same bit."""
+    """`x.log_softmax(1)`, within rounding."""
     return x.t().log_softmax(0).t() if _is_narrow(x) else x.log_softmax(1)
 
 
@@ -156,7 +170,7 @@ class _SoftDivergence(torch.autograd.Function):
             return ((student / tau).softmax(1) - (teacher / tau).softmax(1)) * scale, None, None
         if gradient is not None:
             return gradient * scale, None, None
-        gradient = torch.empty_like(student)
+        temperature, gradient = temperature.to(student.dtype), torch.empty_like(student)
         for rows in _blocks(student):
             tau, block = per_sample(_part(temperature, rows), student), gradient[rows]
             torch.softmax(student[rows] / tau, 1, out=block)
@@ -233,7 +247,7 @@ class _Both(torch.autograd.Function):
             apart = ((student / tau).softmax(1) - (teacher / tau).softmax(1)) * two
             gradient = (apart + (student.softmax(1) - even) * one).scatter_add(1, place, rest)
             return gradient, None, None, None, None, None
-        gradient = torch.empty_like(student)
+        temperature, gradient = temperature.to(student.dtype), torch.empty_like(student)
         for rows in _blocks(student):
             tau, block = per_sample(_part(temperature, rows), student), gradient[rows]
             torch.softmax(student[rows] / tau, 1, out=block)
@@ -318,9 +332,9 @@ def _mixture(logits: Sequence[Tensor], log_weights: Sequence[Tensor | float], te
 
 
 def _suits(student: Tensor, teacher: Tensor) -> bool:
-    """Whether a way of its own is right; a compiler fuses ordinary operations itself."""
+    """Whether a way of its own is right."""
     alike = student.dtype == teacher.dtype and student.shape == teacher.shape and student.ndim > 1
-    return alike and student.dtype in (torch.float32, torch.float64) and not torch.compiler.is_compiling()
+    return alike and student.dtype in (torch.float32, torch.float64) and not is_traced()
 
 
 def _is_narrow(x: Tensor) -> bool:

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdx.fused import is_traced, savable
+
 SMALL = 1 << 15
 """Up to so many numbers calling a function of Python from autograd costs more than it saves."""
 
@@ -18,11 +20,12 @@ SMALL = 1 << 15
 def squared_distance(student: Tensor, teacher: Tensor) -> Tensor:
     """The mean over the elements of a sample of the squared difference of two features [B, ...] of equal shape, [B].
 
-    The teacher gets no gradient. Small features, half precision and compiled code take the composition of torch.
+    The teacher gets no gradient. Small features, half precision, compiled code and the transforms of `torch.func` take
+    the composition of torch.
     """
-    teacher = teacher.detach()
+    teacher = savable(teacher)
     exact = student.dtype == teacher.dtype and student.dtype in (torch.float32, torch.float64)
-    if exact and student.numel() > SMALL and not torch.compiler.is_compiling():
+    if exact and student.numel() > SMALL and not is_traced():
         values: Tensor = _SquaredDistance.apply(student, teacher)
         return values
     return F.mse_loss(student, teacher, reduction="none").flatten(1).mean(1)

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 SELDOM = (1_000_000, 10, 10)
+ASIDE = (100_000, 10, 10)
+"""How often once libraries are set aside: the checks of a large study make garbage, too."""
 USUAL = gc.get_threshold()
 
 
@@ -22,9 +24,15 @@ def seldom_sought() -> Iterator[None]:
 
 
 def set_aside() -> None:
-    """Pass over what is at hand, libraries above all, until the training that follows has ended."""
-    if gc.get_threshold() == SELDOM:
+    """Pass over what is at hand, libraries above all, until the training or filling that follows has ended.
+
+    What was made since it was called before is looked through first: each check leaves some that no name holds.
+    """
+    if gc.get_threshold() == ASIDE:
+        gc.collect()
+    if gc.get_threshold() in (SELDOM, ASIDE):
         gc.freeze()
+        gc.set_threshold(*ASIDE)
 
 
 @contextmanager
@@ -34,7 +42,7 @@ def as_usual() -> Iterator[None]:
     What was made since `set_aside` is looked through once: a check or a try may have left weights in a ring. A program
     that calls kdx has its own say in all this.
     """
-    if gc.get_threshold() != SELDOM:
+    if gc.get_threshold() not in (SELDOM, ASIDE):
         yield
         return
     gc.collect()

@@ -82,6 +82,8 @@ class Teachers(nn.Module):
         """Take what the models `names` give for a batch from `source`, which runs them for several learners at once."""
         self._source = source
         self.live = tuple(call for call in self.live if call.name not in names)
+        if self._compiler is not None:
+            self._compile_around()
 
     def adopt(self, stand_ins: Sequence[StandIn]) -> None:
         """Let these answer for training batches in place of the live models that they name."""
@@ -92,7 +94,7 @@ class Teachers(nn.Module):
             self._compile_around()
 
     def compile(self, *arguments: Any, **options: Any) -> None:
-        """One graph of all, or of what lies around stand-ins, which no compiler follows."""
+        """One graph of all, or of what lies around stand-ins and shared models, which no compiler follows."""
         self._compiler = options
         super().compile(*arguments, **options)
 

@@ -6,6 +6,7 @@ import inspect
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,13 +57,15 @@ class OneGraph:
 
     def __call__(self, batch: Batch, kept: Mapping[Key, Tensor], knobs: Mapping[Key, Tensor]) -> Losses:
         self._held = None
+        if not self._known and self._both is not None and (hooked := self._hooked()) is not None:
+            self._give_up(f"{hooked} has a hook that waits for its gradient")
         if self._both is not None:
             try:
                 losses, gradients = self._run(batch, kept, knobs)
             except torch._dynamo.exc.TorchDynamoException as error:  # of what it cannot follow, before anything ran
-                self._both = None
-                reason = str(error).strip().splitlines()[0]
-                warnings.warn(f"runtime.compile: the backward pass is not in the graph: {reason}", stacklevel=2)
+                self._give_up(_reason(error))
+            except torch._dynamo.exc.FailOnRecompileLimitHit:  # as before anything ran, but of no class with the others
+                self._give_up("a part of the learner changes from update to update, and each change needs another one")
             else:
                 self._held = losses, gradients
                 return losses
@@ -95,6 +98,15 @@ class OneGraph:
             found.append((weight, gradient))
         return found
 
+    def _hooked(self) -> str | None:
+        """The name of a weight whose gradient passes through a hook, which a compiler leaves out without a word."""
+        named = self._learner.named_parameters()
+        return next((name for name, one in named if one._backward_hooks or one._post_accumulate_grad_hooks), None)
+
+    def _give_up(self, reason: str) -> None:
+        self._both = None
+        warnings.warn(f"runtime.compile: the backward pass is not in the graph: {reason}", stacklevel=3)
+
     def _run(self, *inputs: Any) -> tuple[Losses, Gradients]:
         if self._known:
             try:
@@ -115,3 +127,13 @@ class OneGraph:
             gradients = torch.autograd.grad(losses.total, learning, allow_unused=True)
         parts = {name: part.detach() for name, part in losses.parts.items()}
         return replace(losses, total=losses.total.detach(), parts=parts), gradients
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what the compiler says, and which line of code outside of torch it is about."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    torch_itself = Path(torch.__file__).parent
+    for frame in reversed(getattr(error, "real_stack", None) or ()):
+        if torch_itself not in Path(frame.filename).parents:
+            return f"{lines[0]} ({Path(frame.filename).name}, line {frame.lineno})"
+    return lines[0]

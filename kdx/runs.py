@@ -197,15 +197,15 @@ def fill_caches(prepared: Prepared, options: Options, runtime: Runtime) -> None:
             if lacking_for(*needed) != missing:  # another process has just filled some of it
                 continue
             plan = build_plan(prepared, options, trained=True, device=runtime.device)
-            fill(plan, missing, prepared.dataset, prepared.splits, runtime, options.console,
-                 quiet=options.quiet, stop=options.stop)  # fmt: skip
+            with as_usual():
+                fill(plan, missing, prepared.dataset, prepared.splits, runtime, options.console,
+                     quiet=options.quiet, stop=options.stop)  # fmt: skip
 
 
 def carry_out(prepared: Prepared, options: Options) -> Result:
     """Train what is missing and give the result: first the runs that this one needs, then the plain student, then
     this one. A finished run with the same hash is taken as it is; a half-finished one goes on.
     """
-    set_aside()
     for one, how in family(prepared, options):  # whatever can be refused is refused before anything trains
         if options.fresh or not finished(one):
             check_run(one, how)
@@ -226,6 +226,7 @@ def to_its_end(steps: Generator[None, None, Result]) -> Result:
 
 def check_run(prepared: Prepared, options: Options) -> Plan:
     """Refuse whatever can be refused before the runs that a run needs are trained; gives its plan, a rough one."""
+    set_aside()
     runtime = Runtime(prepared.spec.runtime)
     plan = build_plan(prepared, options, trained=False, rough=True)
     check_ready(plan, prepared.dataset, prepared.splits, runtime)

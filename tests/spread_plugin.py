@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,6 +71,13 @@ class Deadly(kdx.Loss):
         return student.square().mean(1) * 0.1
 
 
+@dataclass(slots=True)
+class Holder:
+    """What a metric may keep others in."""
+
+    metric: SumMetric
+
+
 class Counted(kdx.Metric):
     """How many samples there were, counted in several ways."""
 
@@ -80,12 +88,14 @@ class Counted(kdx.Metric):
         self.total = SumMetric().to(device)
         self.others = {"rows": [CatMetric().to(device)], "extremes": MinMaxMetric(SumMetric()).to(device)}
         self.collection = MetricCollection({"sum": SumMetric(dist_sync_on_step=True)}).to(device)
+        self.holders = deque([Holder(SumMetric().to(device))])
 
     def update(self, logits: Tensor, label: Tensor) -> None:  # type: ignore[override]
         self.total.update(len(label))
         self.others["rows"][0].update(label)
         self.others["extremes"].update(len(label))
         self.collection(len(label))
+        self.holders[0].metric.update(len(label))
 
     def compute(self) -> dict[str, float]:
         return {
@@ -93,6 +103,7 @@ class Counted(kdx.Metric):
             "rows": float(len(self.others["rows"][0].compute())),
             "extreme": float(self.others["extremes"].compute()["raw"]),
             "collected": float(self.collection.compute()["sum"]),
+            "held": float(self.holders[0].metric.compute()),
         }
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -123,6 +125,22 @@ def test_rows_that_were_not_brought_to_the_disk_do_not_count(tmp_path: Path) -> 
     again = Writer(tmp_path / "a", meta_of())
     assert again.missing(0) == [0, 1, 2]
     again.close()
+
+
+def test_a_block_of_which_the_disk_takes_a_part_is_a_message_and_does_not_count(tmp_path: Path) -> None:
+    writer = Writer(tmp_path / "a", meta_of())
+    before, limit = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))  # one call writes up to here, and tells of no error
+    try:
+        with pytest.raises(KdxError, match=r"cannot write into .*/a: no file may grow so large here; what was saved"):
+            writer.write(0, answers(range(8)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, before)
+    writer.sync()
+    assert writer.missing(0) == [0, 1, 2]
+    writer.close()
+    assert filled(tmp_path / "a", meta_of()) is not None
 
 
 def test_an_altered_row_is_found_and_named(tmp_path: Path) -> None:

@@ -145,6 +145,17 @@ def test_copying_views_can_be_stopped_and_goes_on(tmp_path: Path) -> None:
     assert_as_alone(tmp_path, found, DISTIL, CACHED, {"data": {"views": 3}}, views=3)
 
 
+def test_a_stop_in_the_middle_of_a_view_keeps_the_blocks_that_are_copied(tmp_path: Path) -> None:
+    many = {"data": {"size": 1200}}  # three blocks of a view
+    filled(tmp_path, LOGITS, CACHED, many, {"data": {"views": 2, "flip": True}})
+    found = prepared(LOGITS, CACHED, many, {"data": {"views": 3, "flip": True}, "out": str(tmp_path)})
+    asked = iter([False] * 2)
+    with pytest.raises(Stopped, match="wide: stopped while the cache was filled"):
+        fill_caches(found, quiet(stop=lambda: next(asked, True)), Runtime(found.spec.runtime))
+    (own,) = found.caches.values()
+    assert (own.folder / BLOCKS).read_text().count("\n") == 2
+
+
 def test_a_run_on_some_of_the_samples_reads_the_cache_of_all(tmp_path: Path) -> None:
     filled(tmp_path, LOGITS, {"data": {"validation": 6}})
     before = held(tmp_path)

@@ -172,7 +172,7 @@ def test_a_bad_term_of_one_process_is_named_by_all(rank: int, two: Path) -> None
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_metric_of_torchmetrics_counts_each_sample_once(rank: int, two: Path) -> None:
     found = told(two, rank)["metrics"]
-    assert [found[name] for name in ("counted", "rows", "extreme", "collected")] == [24.0] * 4
+    assert [found[name] for name in ("counted", "rows", "extreme", "collected", "held")] == [24.0] * 5
 
 
 @pytest.mark.parametrize("rank", [0, 1])

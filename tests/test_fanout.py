@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from small_run import CASCADE, PLAIN, PLUGIN, STATEFUL, config_of, lines_of, quiet, weights_of
+from small_run import CASCADE, DISTIL, PLAIN, PLUGIN, STATEFUL, config_of, lines_of, quiet, session_of, weights_of
+from torch._dynamo.utils import counters
 
 from kdx.config import load_mapping
 from kdx.fanout import Shared, groups, memory, side_by_side
@@ -93,6 +95,23 @@ def test_a_teacher_runs_once_for_all_and_gives_what_any_wants(tmp_path: Path, mo
     monkeypatch.setattr(Tapped, "forward", counted)
     outcomes(chosen)
     assert passes == [("logits", "mid")] * 6
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+def test_a_shared_model_of_compiled_steps_is_one_graph_for_all_updates() -> None:
+    shared, sessions = Shared(), [session_of(DISTIL, {"runtime": {"compile": True}}) for _ in range(2)]
+    for session in sessions:
+        shared.join(session)
+    torch.compiler.reset()
+    counters.clear()
+    alone = session_of(DISTIL)
+    for step in range(3):
+        batch, knobs = shared.at(step), alone.knobs.at(alone.clock)
+        expected = alone.teachers(batch, knobs)
+        for session in sessions:
+            torch.testing.assert_close(session.teachers(batch, knobs), expected)
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 def test_models_with_the_same_name_but_other_options_are_not_shared(tmp_path: Path) -> None:

@@ -126,6 +126,46 @@ def test_second_derivatives_are_right(way: str) -> None:
     assert torch.autograd.gradgradcheck(both, student)
 
 
+def test_a_second_derivative_leaves_the_teacher_alone(way: str) -> None:
+    student, teacher = logits(torch.float32, 0).requires_grad_(), logits(torch.float32, 1).requires_grad_()
+    value = soft_divergence(student, teacher, torch.tensor(2.0)).sum()
+    (gradient,) = torch.autograd.grad(value, student, create_graph=True)
+    gradient.square().sum().backward()
+    assert student.grad is not None
+    assert teacher.grad is None
+
+
+def test_a_teacher_may_have_run_in_inference_mode(way: str) -> None:
+    student, teacher = logits(torch.float32, 0), logits(torch.float32, 1)
+    with torch.inference_mode():
+        answers = teacher + 0
+    found = with_gradient(soft_divergence, student, answers, torch.tensor(2.0))
+    torch.testing.assert_close(found, with_gradient(soft_divergence, student, teacher, torch.tensor(2.0)))
+
+
+def test_the_transforms_of_torch_go_through(way: str) -> None:
+    student, teacher = logits(torch.float64, 0), logits(torch.float64, 1)
+    label, tau = torch.tensor([0, 3, -1, 12, 5, -1, 7]), torch.tensor(2.0)
+
+    def total(x: Tensor) -> Tensor:
+        mixture = log_mixture([teacher, x], [-0.7, -0.7], tau)
+        return (soft_divergence(x, teacher, tau) + mixture.sum(1)).sum() + cross_entropy_sum(x, label)
+
+    _, expected = with_gradient(total, student)
+    torch.testing.assert_close(torch.func.grad(total)(student), expected)
+    several = torch.vmap(torch.func.grad(total))(torch.stack([student, student]))
+    torch.testing.assert_close(several, torch.stack([expected, expected]))
+
+
+def test_a_temperature_may_be_more_exact_than_the_logits(way: str) -> None:
+    student, teacher = logits(torch.float32, 0), logits(torch.float32, 1)
+    tau = torch.arange(1.0, 8.0)
+    value, gradient = with_gradient(soft_divergence, student, teacher, tau.double())
+    expected = with_gradient(soft_divergence, student, teacher, tau)
+    assert gradient.dtype == torch.float32
+    torch.testing.assert_close((value.float(), gradient), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_two_backward_passes_through_one_graph_give_the_gradient_twice(way: str) -> None:
     student, teacher = logits(torch.float32, 0).requires_grad_(), logits(torch.float32, 1)
     label = torch.tensor([0, 3, -1, 12, 5, -1, 7])
@@ -179,14 +219,14 @@ def test_the_mean_over_samples_that_all_have_a_label_is_that_of_torch(way: str, 
 
 
 @pytest.mark.parametrize("classes", [2, 3, 10, 15])
-def test_short_rows_have_the_log_softmax_of_torch_to_the_bit(classes: int) -> None:
+def test_short_rows_have_the_log_softmax_of_torch(classes: int) -> None:
     rows = logits(torch.float32, 0, 512, classes).requires_grad_()
     assert fused._is_narrow(rows)
     above = torch.randn(512, classes, generator=torch.Generator().manual_seed(1))
     found, expected = log_softmax(rows), rows.log_softmax(1)
-    assert torch.equal(found, expected)
-    for one, two in zip(*(torch.autograd.grad(value, rows, above) for value in (found, expected)), strict=True):
-        assert torch.equal(one, two)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    one, two = (torch.autograd.grad(value, rows, above) for value in (found, expected))
+    torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-6)
 
 
 def test_a_label_beyond_the_classes_is_refused(way: str) -> None:

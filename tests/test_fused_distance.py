@@ -43,6 +43,20 @@ def test_it_has_second_derivatives() -> None:
     assert torch.autograd.gradgradcheck(lambda x: squared_distance(x, teacher), (student,))
 
 
+def test_the_transforms_of_torch_go_through() -> None:
+    student, teacher = (one.detach() for one in features(3, 4))
+    found = torch.func.grad(lambda x: squared_distance(x, teacher).sum())(student)
+    torch.testing.assert_close(found, (student - teacher) / 2)
+
+
+def test_a_teacher_may_have_run_in_inference_mode() -> None:
+    student, teacher = features(3, 4)
+    with torch.inference_mode():
+        answers = teacher.detach() + 0
+    (found,) = torch.autograd.grad(squared_distance(student, answers).sum(), student)
+    torch.testing.assert_close(found, ((student - teacher) / 2).detach())
+
+
 def test_other_layouts_and_types_give_the_same() -> None:
     student, teacher = features(4, 3, 5, 5, dtype=torch.float32)
     expected = composed(student, teacher)

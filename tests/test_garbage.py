@@ -7,12 +7,15 @@ import weakref
 from pathlib import Path
 
 import pytest
-from small_run import PLAIN
+from small_run import DISTIL, PLAIN
 
 from kdx.cli import main
 from kdx.config import load_mapping, overlay
 from kdx.garbage import SELDOM, USUAL, as_usual, seldom_sought, set_aside
-from kdx.runs import Options, prepare, steps_of
+from kdx.runs import Options, check_run, fill_caches, prepare, steps_of
+from kdx.runtime import Runtime
+
+CACHED = {"data": {"flip": False}, "teachers": {"wide": {"cache": True}}}
 
 
 class Ring:
@@ -45,6 +48,15 @@ def test_a_training_ends_the_putting_off_and_passes_over_what_was_there_before(t
         assert gc.get_freeze_count() == 0
 
 
+def test_the_filling_of_a_cache_ends_the_putting_off_too(tmp_path: Path) -> None:
+    found: list[tuple[int, int, int]] = []
+    how = Options(quiet=True, stop=lambda: bool(found.append(gc.get_threshold())))
+    run = prepare(load_mapping(overlay(DISTIL, {**CACHED, "out": str(tmp_path)})), how)
+    with seldom_sought():
+        fill_caches(run, how, Runtime(run.spec.runtime))
+    assert {*found} == {USUAL}
+
+
 def test_only_what_was_set_aside_outlasts_the_begin_of_a_training_and_not_its_end() -> None:
     with seldom_sought():
         library = weakref.ref(Ring())
@@ -58,6 +70,16 @@ def test_only_what_was_set_aside_outlasts_the_begin_of_a_training_and_not_its_en
             assert within() is None
         gc.collect()
         assert library() is None
+
+
+def test_what_the_checks_of_a_study_leave_does_not_add_up(tmp_path: Path) -> None:
+    run, options = prepare(load_mapping(overlay(PLAIN, {"out": str(tmp_path)}))), Options(quiet=True)
+    with seldom_sought():
+        check_run(run, options)
+        assert gc.get_freeze_count() > 0
+        left = weakref.ref(Ring())
+        check_run(run, options)
+        assert left() is None
 
 
 def test_a_command_that_fails_before_its_training_leaves_nothing_aside() -> None:

@@ -21,8 +21,8 @@ LAYERS = """
     cache_options
     cache
     components ranges devices class_choice group
-    distributed synced_norm shards
-    updater fused fused_distance parallel locks
+    distributed synced_norm shards fused
+    updater fused_distance parallel locks
     authoring hookspecs taps data optim measure checkpoint
     result tap_list views seats loader
     history standings comparable

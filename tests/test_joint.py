@@ -66,6 +66,28 @@ def test_second_derivatives_are_right(label: Tensor, labelled: bool) -> None:
     assert torch.autograd.gradgradcheck(total, logits(0).requires_grad_())
 
 
+def test_a_second_derivative_leaves_the_teacher_alone() -> None:
+    student, teacher = logits(0).requires_grad_(), logits(1).requires_grad_()
+    found = cross_entropy_and_divergence(student, LABEL, teacher, torch.tensor(2.0))
+    assert found is not None
+    (gradient,) = torch.autograd.grad(found[0] + found[1].sum(), student, create_graph=True)
+    gradient.square().sum().backward()
+    assert student.grad is not None
+    assert teacher.grad is None
+
+
+def test_a_teacher_may_have_run_in_inference_mode_and_a_temperature_be_more_exact() -> None:
+    student, teacher, tau = logits(0).float().requires_grad_(), logits(1).float(), torch.arange(1.0, 8.0)
+    with torch.inference_mode():
+        answers = teacher + 0
+    gradients = []
+    for theirs, temperature in ((teacher, tau), (answers, tau.double())):
+        found = cross_entropy_and_divergence(student, LABEL, theirs, temperature)
+        assert found is not None
+        gradients.append(torch.autograd.grad(found[0] + found[1].sum(), student))
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)
+
+
 def test_logits_far_from_zero_have_the_cross_entropy_of_torch_in_float32() -> None:
     student, teacher = (logits(0).float() + 300).requires_grad_(), logits(1).float()
     found = cross_entropy_and_divergence(student, LABEL, teacher, torch.tensor(4.0))

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from kdx import fused
 from kdx.builtin.losses import CrossEntropy, cross_entropy
 from kdx.builtin.updaters import Plain
 from kdx.components import Given
-from kdx.errors import ConfigError
+from kdx.errors import ConfigError, PlanError
 from kdx.runtime import Runtime
 from kdx.sections import RuntimeOptions
 from kdx.testing import check_loss
@@ -56,6 +57,20 @@ def test_smoothing_mixes_the_label_with_the_even_distribution() -> None:
 def test_smoothing_out_of_range_is_refused_by_name(smoothing: float) -> None:
     with pytest.raises(ConfigError, match=r"^label_smoothing: found"):
         CrossEntropy(CrossEntropy.Config(label_smoothing=smoothing), Given())
+
+
+@pytest.mark.parametrize("positions", [(), (3,)])
+def test_a_distribution_in_place_of_a_class_is_refused(positions: tuple[int, ...]) -> None:
+    given = Given(shapes={"student": (4, *positions), "label": (4, *positions)}, refs={"label": "big.logits"})
+    with pytest.raises(PlanError, match=r"a class for each sample but got big\.logits \[4.*`kd`"):
+        CrossEntropy(CrossEntropy.Config(), given)
+
+
+def test_the_mean_over_positions_is_that_of_torch_for_many_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "MIDDLE", 0)
+    logits, label = LOGITS.reshape(1, 3, 4), torch.tensor([[0, 1, 2, 0]])
+    found = cross_entropy(logits, label, labelled=True)
+    torch.testing.assert_close(found, torch.nn.functional.cross_entropy(logits, label))
 
 
 class Bench(Runtime):

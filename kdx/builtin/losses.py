@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from kdx.components import Given, Loss
-from kdx.errors import ConfigError
+from kdx.errors import ConfigError, PlanError
 from kdx.fused import cross_entropy_sum, few_cross_entropy, goes_whole
 
 
@@ -20,7 +20,7 @@ def cross_entropy(student: Tensor, label: Tensor, label_smoothing: float = 0.0, 
     if labelled and goes_whole(student):
         return few_cross_entropy(student, label, label_smoothing, reduction="mean")
     total = cross_entropy_sum(student, label, label_smoothing)
-    return total / (len(label) if labelled else (label != -1).sum().clamp(min=1))
+    return total / (label.numel() if labelled else (label != -1).sum().clamp(min=1))
 
 
 class CrossEntropy(Loss):
@@ -42,6 +42,12 @@ class CrossEntropy(Loss):
         super().__init__(config, given)
         if not 0 <= config.label_smoothing < 1:
             raise ConfigError(f"label_smoothing: found {config.label_smoothing}, expected a share from 0 and below 1")
+        label, student = given.shapes.get("label", ()), given.shapes.get("student", (0,))
+        if len(label) >= len(student):
+            raise PlanError(
+                f"cross_entropy needs a class for each sample but got {given.refs.get('label', 'label')} "
+                f"{list(label)}; a loss such as `kd` compares distributions"
+            )
         self.labelled = given.facts.labelled and given.refs.get("label") == "batch.label"
 
     def forward(self, student: Tensor, label: Tensor) -> Tensor:
