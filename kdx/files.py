@@ -86,3 +86,11 @@ def full_disk_is_said(folder: Path) -> Iterator[None]:
 def reason_of(error: OSError) -> str:
     """Why a file could not be written."""
     return FULL.get(error.errno or 0, str(error.strerror or error))
+
+
+def clear_once(folder: Path, command: str) -> None:
+    """Take a folder and all in it away, but once for each `command`, however often its processes die and begin again."""
+    mark = folder.parent / f".{folder.name}.fresh"
+    if not mark.is_file() or mark.read_text(encoding="utf-8") != command:
+        remove_folder(folder)
+        write_text(mark, command)

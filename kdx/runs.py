@@ -27,7 +27,7 @@ from kdx.deploy import check_answer
 from kdx.derive import expand_runs, plain_config, with_networks
 from kdx.distributed import the_group
 from kdx.errors import CheckpointError, ConfigError
-from kdx.files import full_disk_is_said, remove_folder, write_text
+from kdx.files import clear_once, full_disk_is_said, write_text
 from kdx.garbage import as_usual, set_aside
 from kdx.identity import environment, run_hash
 from kdx.locks import locked
@@ -254,7 +254,7 @@ def steps_of(prepared: Prepared, options: Options) -> Generator[None, None, Resu
     folder = prepared.folder
     with locked(folder, options.console, options.stop), full_disk_is_said(folder):
         if options.fresh and the_group().leads:
-            _clear(folder, options.command)
+            clear_once(folder, options.command)
         if finished(prepared):
             _say(options, f"{folder.name}: finished before, taken as it is")
             return _completed(prepared)
@@ -379,14 +379,6 @@ def _chosen(prepared: Prepared, options: Options, state: Mapping[str, Any] | Non
 
     plain = None if prepared.plain is None else environment_of(prepared.plain.folder).get("precision")
     return choose(prepared.spec, make, None if state is None else state["settings"], plain=plain)
-
-
-def _clear(folder: Path, command: str) -> None:
-    """Take away what an earlier command left, so that a fresh run starts from nothing."""
-    mark = folder.parent / f".{folder.name}.fresh"
-    if not mark.is_file() or mark.read_text(encoding="utf-8") != command:
-        remove_folder(folder)
-        write_text(mark, command)
 
 
 def _make_dataset(spec: RunSpec, given: Dataset | None) -> Dataset:
