@@ -89,7 +89,7 @@ def reason_of(error: OSError) -> str:
 
 
 def clear_once(folder: Path, command: str) -> None:
-    """Take a folder and all in it away, but once for each `command`, however often its processes die and begin again."""
+    """Take a folder and all in it away, but once for each `command`, however often its processes begin again."""
     mark = folder.parent / f".{folder.name}.fresh"
     if not mark.is_file() or mark.read_text(encoding="utf-8") != command:
         remove_folder(folder)
