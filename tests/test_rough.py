@@ -52,7 +52,7 @@ def test_the_rows_of_a_rough_weight_differ() -> None:
     with RoughDraws():
         weight = nn.init.kaiming_normal_(torch.empty(512, 512))
     assert len(weight.unique(dim=0)) == 512
-    assert torch.linalg.matrix_rank(weight) == 512
+    assert torch.linalg.matrix_rank(weight.double()) == 512  # in float32 rounding takes one away now and then
 
 
 def test_a_generator_of_its_own_gives_as_many_numbers_as_ever() -> None:
