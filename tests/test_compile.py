@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import shutil
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import pytest
 import torch
 from small_run import DISTIL, PLAIN, STATEFUL, Seen, session_of
-from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from kdx.errors import PluginError
 from kdx.loop import Session
-from kdx.one_graph import OneGraph, compiler_of
-from kdx.types import Losses
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler"),
@@ -30,32 +25,6 @@ GREEDY = {"train": {"accumulate": 2, "clip": 0.05, "optimizer": {"use": "sgd", "
 def _fresh() -> None:
     torch.compiler.reset()
     counters.clear()
-
-
-class Odd(nn.Module):
-    """A learner whose gradients are easily confused: two are one tensor, one is a number that is reported, one lies in
-    another layout than its weight, and one weight is out of reach.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.first, self.second = (nn.Parameter(torch.rand(4, generator=generator)) for _ in range(2))
-        self.scale = nn.Parameter(torch.rand((), generator=generator))
-        self.turned = nn.Parameter(torch.rand(4, 3, generator=generator).T)
-        self.unused = nn.Parameter(torch.zeros(2))
-
-    def forward(self, batch: dict[str, Tensor], kept: Mapping[str, Tensor], knobs: Mapping[str, Tensor]) -> Losses:
-        x = batch["x"] * (self.first + self.second) + batch["y"] @ self.turned
-        term = x.square().mean(1)
-        mean = term.detach().mean()
-        total = term.mean() + self.scale * mean
-        return Losses(total, {"a": term.detach()}, parts={"a": total}, means={"a": mean})
-
-
-def odd_batch(size: int) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return {"x": torch.rand(size, 4, generator=generator), "y": torch.rand(size, 3, generator=generator)}
 
 
 def is_whole(session: Session) -> bool:
@@ -105,49 +74,6 @@ def test_an_updater_that_weighs_terms_leaves_the_passes_apart() -> None:
     session = session_of(*layers, COMPILED)
     check_equal(session, *layers)
     assert not is_whole(session)
-
-
-def test_gradients_are_those_of_autograd_and_nobody_elses_tensors() -> None:
-    learner = Odd()
-    graph = OneGraph(learner, {})
-    for size in (5, 7):  # the second size is another graph
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            losses = graph(odd_batch(size), {}, {})
-        expected = learner(odd_batch(size), {}, {})
-        torch.testing.assert_close(losses.total, expected.total.detach())
-        with pytest.raises(PluginError, match=r"another number than `losses\.total`, but its class says `by_total"):
-            graph.take(losses.total.clone())
-        found = graph.take(losses.total)
-        assert found is not None
-        assert graph.take(losses.total) is None
-        weights = [learner.first, learner.second, learner.scale, learner.turned]
-        assert [*map(id, weights)] == [id(weight) for weight, _ in found]
-        own = torch.autograd.grad(expected.total, weights)
-        for (weight, gradient), true in zip(found, own, strict=True):
-            torch.testing.assert_close(gradient, true)
-            assert gradient.stride() == weight.stride()
-        tensors = [*(gradient for _, gradient in found), losses.total, losses.means["a"]]
-        places = [tensor.data_ptr() for tensor in tensors]
-        assert len({*places}) == len(places)
-
-
-@pytest.mark.skipif("isolate_recompiles" not in compiler_of(torch.device("cpu")), reason="torch counts them together")
-def test_the_graphs_of_one_learner_leave_those_of_others_alone() -> None:
-    """Torch keeps eight graphs of a function; a study may train more learners than that in one process."""
-    graphs = [OneGraph(Odd(), compiler_of(torch.device("cpu"))) for _ in range(9)]
-    for graph in graphs:
-        assert not graph(odd_batch(5), {}, {}).total.requires_grad
-
-
-def test_a_weight_that_is_frozen_on_the_way_gets_no_gradient() -> None:
-    learner = Odd()
-    graph = OneGraph(learner, {})
-    graph.take(graph(odd_batch(5), {}, {}).total)
-    learner.first.requires_grad_(False)
-    found = graph.take(graph(odd_batch(5), {}, {}).total)
-    assert found is not None
-    assert [id(weight) for weight, _ in found] == [*map(id, (learner.second, learner.scale, learner.turned))]
 
 
 def test_a_plain_student_is_one_graph_of_both_passes() -> None:
