@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -109,10 +110,8 @@ class OneGraph:
 
     def _run(self, *inputs: Any) -> tuple[Losses, Gradients]:
         if self._known:
-            try:
+            with suppress(torch._dynamo.exc.TorchDynamoException):  # inputs of another shape need another graph
                 return self._both(*inputs)  # type: ignore[no-any-return]
-            except torch._dynamo.exc.TorchDynamoException:
-                pass  # inputs of another shape need another graph
         with torch._dynamo.config.patch(trace_autograd_ops=True):
             found: tuple[Losses, Gradients] = self._both(*inputs)
         self._known = True
