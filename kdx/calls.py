@@ -22,7 +22,6 @@ from kdx.types import Batch
 
 Values = dict[str, Any]
 Key = str
-HALVES = (torch.float16, torch.bfloat16)
 
 
 class Borrowed:
@@ -178,8 +177,7 @@ class NodeCall:
         try:
             if self.kind == "losses":
                 for name, value in arguments.items():
-                    if isinstance(value, list) or (isinstance(value, Tensor) and value.dtype in HALVES):
-                        arguments[name] = full_precision(value)
+                    arguments[name] = full_precision(value)
             if self.presence != ALWAYS and isinstance(self.module, Loss):
                 present = held(self.presence, values)
                 result: Any = over_present(self.module, arguments, present, by_mask=self.by_mask)
@@ -188,7 +186,7 @@ class NodeCall:
         except Exception as error:
             error.add_note(f"in {self.label}")
             raise
-        if isinstance(result, Tensor) or not isinstance(result, Mapping):
+        if isinstance(result, Tensor) or not isinstance(result, Mapping):  # to ask for a mapping takes long
             values[self.gives[0]] = result
             return
         for key in self.gives:
@@ -274,6 +272,6 @@ def full_precision(value: Any) -> Any:
     """A tensor or those of a list, in float32 where they have half of that."""
     if isinstance(value, list):
         return [full_precision(item) for item in value]
-    if isinstance(value, Tensor) and value.dtype in HALVES:
+    if isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16):
         return value.float()
     return value
